@@ -1,0 +1,1 @@
+"""The paper's measurements as pure functions over records and numbers."""

@@ -1,0 +1,1 @@
+"""The generation engine: KV cache, prefill, decode, batching."""

@@ -1,0 +1,1 @@
+"""Records, streams, tokenizer, chat format and shards. No torch in this room."""
