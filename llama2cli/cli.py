@@ -1,0 +1,261 @@
+"""The table of commands. It knows names only: a stage is imported when it runs (or shows its help), torch when it computes.
+
+Each stage module has a dataclass `Settings` that gives the flags and the help, and `run(settings)`, whose result, if it
+has one, is printed as one JSON line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from llama2cli import __version__, console
+from llama2cli.errors import Failure, Misuse, did_you_mean
+from llama2cli.settings import Base
+
+COMMANDS = {
+    "tokenize": "documents to token shards or id lines; --train makes a tokenizer",
+    "pretrain": "train a Llama from scratch, or go on from a checkpoint, on token shards",
+    "generate": "answer prompts, continue documents or plain text lines",
+    "chat": "a conversation in the terminal",
+    "convert": "Meta checkpoints to Hugging Face folders and back",
+    "plan": "memory, time, GPU-hours and tCO2 before you spend them",
+}
+PRETTY_EXCEPTIONS_OFF = {"pretty_exceptions_enable": False}
+
+
+def stage(command: str) -> types.ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f"llama2cli.stages.{command.replace('-', '_')}")
+
+
+# --- flags from a dataclass ---------------------------------------------------------------------------------------
+
+
+def long_flag(field: dataclasses.Field[Any]) -> str:
+    """The long form of a field's flag: `max_new_tokens` -> `--max-new-tokens`."""
+    return (field.metadata.get("rename") or "--" + field.name.replace("_", "-")).split("/")[0]
+
+
+def complete_checkpoint(incomplete: str) -> list[str]:
+    """Folders for a shell: those that hold a checkpoint first."""
+    from pathlib import Path
+
+    base = Path(incomplete) if incomplete.endswith("/") else Path(incomplete or ".").parent
+    folders = [p for p in sorted(base.glob("*")) if p.is_dir() and str(p).startswith(incomplete.removeprefix("./"))]
+    return sorted((f"{p}/" for p in folders), key=lambda f: not any(Path(f, n).exists() for n in ("config.json", "latest")))
+
+
+def complete_file(incomplete: str) -> list[str]:
+    """Files and folders for a shell."""
+    from glob import glob
+
+    return sorted(p + "/" if os.path.isdir(p) else p for p in glob(incomplete + "*"))  # noqa: PTH112, PTH207
+
+
+def parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    """The typer parameter of one settings field."""
+    meta = field.metadata
+    required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    default = ... if required else (field.default_factory() if callable(field.default_factory) else field.default)  # type: ignore[misc]
+    low, high = meta["low"], meta["high"]
+    bounds = {(True, False): f" [>= {low}]", (False, True): f" [<= {high}]", (True, True): f" [{low}..{high}]"}
+    text = meta["help"] + bounds.get((low is not None, high is not None), "")
+    complete = {"file": complete_file, "checkpoint": complete_checkpoint, "none": None}[meta["complete"]]
+    show = default not in (..., None, [], False)
+    common: dict[str, Any] = dict(help=text, metavar=meta["metavar"], show_default=show, autocompletion=complete)
+    if meta["positional"]:
+        info = typer.Argument(default, **{**common, "metavar": meta["metavar"] or "[FILE]..."})
+    else:
+        info = typer.Option(default, *meta["names"], meta["rename"] or long_flag(field), **common)
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=hint)
+
+
+def command_function(settings: type[Base], act: Callable[[Any], None]) -> Callable[..., None]:
+    """A function whose signature is the dataclass, for typer to read."""
+
+    def command(**values: Any) -> None:
+        chosen = settings(**{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+        check_bounds(chosen)
+        act(chosen)
+
+    hints = typing.get_type_hints(settings)
+    fields = sorted(dataclasses.fields(settings), key=lambda f: f.name in {b.name for b in dataclasses.fields(Base)})
+    command.__signature__ = inspect.Signature([parameter(f, hints[f.name]) for f in fields])  # type: ignore[attr-defined]
+    command.__doc__ = settings.__doc__
+    return command
+
+
+def check_bounds(settings: Base) -> None:
+    """Raise Misuse for a number outside the bounds that its flag declares, or a NaN."""
+    for field in dataclasses.fields(settings):
+        value, low, high = getattr(settings, field.name), field.metadata["low"], field.metadata["high"]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if value != value or (low is not None and value < low) or (high is not None and value > high):
+                bound = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
+                raise Misuse(f"expected {bound if (low, high) != (None, None) else 'a number'}, got {value}", long_flag(field))
+
+
+# --- settings files -----------------------------------------------------------------------------------------------
+
+
+def read_config(path: str, settings: type[Base]) -> dict[str, Any]:
+    """Settings of a TOML or JSON file (or of a run folder's settings.json), checked against the stage's dataclass.
+
+    Raises Misuse for an unreadable file, an unknown key or a value of the wrong type.
+    """
+    import msgspec
+
+    try:
+        with open(path, "rb") as f:  # noqa: PTH123
+            data = f.read()
+        decoded = msgspec.toml.decode(data) if path.endswith(".toml") else msgspec.json.decode(data)
+    except OSError as e:
+        raise Misuse(e.strerror or "cannot be read", "--config", path) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as e:
+        raise Misuse(f"is neither TOML nor JSON that can be read ({e})", "--config", path) from None
+    if not isinstance(decoded, dict):
+        raise Misuse("expected a table of settings", "--config", path)
+    if isinstance(decoded.get("settings"), dict):
+        decoded = decoded["settings"]
+    hints = typing.get_type_hints(settings)
+    values = {}
+    for key, value in decoded.items():
+        name = {long_flag(f).removeprefix("--"): f.name for f in dataclasses.fields(settings)}.get(key.replace("_", "-"))
+        name = name or key.replace("-", "_")
+        if name not in hints:
+            raise Misuse(f"unknown setting{did_you_mean(name, hints)}", path, key)
+        if value is None:
+            continue
+        try:
+            values[name] = msgspec.convert(value, hints[name])
+        except msgspec.ValidationError as e:
+            raise Misuse(str(e), path, key) from None
+    return values
+
+
+def config_path(args: Sequence[str]) -> str | None:
+    """The value of --config in a command line, before it is parsed."""
+    for i, arg in enumerate(args):
+        if arg == "--":
+            break
+        if arg == "--config" and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config=")
+    return None
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def build(command: str | None, args: Sequence[str], act: Callable[[Any], None]) -> typer.Typer:
+    """The application; only the named command has its flags, the others are names with a line of help."""
+    app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help=SUMMARY, **PRETTY_EXCEPTIONS_OFF)  # type: ignore[arg-type]
+
+    @app.callback()
+    def top(version: bool = typer.Option(False, "--version", is_eager=True, callback=print_version, help="print the version")) -> None:
+        pass
+
+    for name, summary in COMMANDS.items():
+        if name != command:
+            app.command(name, help=summary)(lambda: None)
+            continue
+        module = stage(name)
+        path = config_path(args)
+        given = read_config(path, module.Settings) if path else {}
+        help = inspect.cleandoc(module.Settings.__doc__ or summary).replace("\n\nExample:\n", "\n\n\b\nExample:\n")
+        context = {"default_map": given, "help_option_names": ["-h", "--help"]}
+        app.command(name, help=help, short_help=summary, context_settings=context)(command_function(module.Settings, act))
+    return app
+
+
+SUMMARY = """The Llama 2 paper as commands: each reads and writes JSONL and safetensors.
+
+`llama2 COMMAND --help` explains a command and ends with an example.
+"""
+
+
+def print_version(wanted: bool) -> None:
+    """Callback of --version."""
+    if wanted:
+        typer.echo(f"llama2cli {__version__}")
+        raise typer.Exit()
+
+
+def emit(result: Any) -> None:
+    """Print a stage's result as one JSON line on stdout, rank 0 only."""
+    if result is not None and os.environ.get("RANK", "0") == "0":
+        import msgspec
+
+        sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
+        sys.stdout.flush()
+
+
+def invoke(args: Sequence[str]) -> int:
+    """Run one command line and return its exit code; no exception leaves."""
+    command = next((a for a in args if not a.startswith("-")), None)
+    command = command if command in COMMANDS else None
+    console.configure(f"llama2 {command}" if command else "llama2", quiet=False)
+
+    def act(settings: Base) -> None:
+        console.configure(f"llama2 {command}", settings.quiet)
+        emit(stage(command or "").run(settings))
+
+    try:
+        app = build(command, args, act)
+        code = typer.main.get_command(app)(list(args), prog_name="llama2", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.TyperException as e:  # the command line itself
+        message = e.format_message()
+        if message:
+            console.error(" ".join(message.split()).replace("'", '"') + f' (see "llama2{" " + command if command else ""} --help")')
+        return e.exit_code
+    except Failure as e:
+        if "--debug" in args:
+            raise
+        console.error(str(e))
+        return e.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        console.error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # the reader of our output has gone, as `| head` does: keep the interpreter from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        if "--debug" in args:
+            raise
+        console.error(": ".join(filter(None, [e.filename and str(e.filename), e.strerror or str(e)])))
+        return 1
+    except MemoryError:
+        if "--debug" in args:
+            raise
+        console.error("out of memory; a smaller --batch-size, --window or --context needs less")
+        return 1
+    finally:
+        console.flush_warnings()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The `llama2` command."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        code = invoke(args)
+    except typer.Exit as e:
+        code = e.exit_code
+    except Exception as e:
+        if "--debug" in args:
+            raise
+        console.error(f"internal error, please report it: {type(e).__name__}: {' '.join(str(e).split())[:300]} (--debug shows where)")
+        code = 1
+    sys.exit(code)

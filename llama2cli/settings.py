@@ -1,0 +1,80 @@
+"""Flags are made from one dataclass per stage. This module says how a field becomes a flag, and holds the flags that
+mean the same everywhere.
+
+A stage declares:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(Base):
+        '''One line that says what the command does.
+
+        More, and an example that the test-suite runs.
+        '''
+        out: str = flag("-o", help="where the records go")
+
+The name of the field gives the flag (`max_new_tokens` -> `--max-new-tokens`); a field without a default is required.
+Types: str, int, float, bool, Literal, list[str], and `X | None`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
+
+
+def flag(
+    *names: str,
+    default: Any = MISSING,
+    help: str,
+    positional: bool = False,
+    metavar: str | None = None,
+    rename: str | None = None,
+    panel: str | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    complete: Literal["file", "checkpoint", "none"] = "none",
+) -> Any:
+    """A dataclass field that becomes a command-line flag.
+
+    names: short forms beside the long one ("-o"). rename: the long flag when it is not the field's name ("--samples").
+    low, high: inclusive bounds, checked by `check_bounds` and shown in the help. complete: what a shell offers.
+    """
+    meta = dict(names=names, help=help, positional=positional, metavar=metavar, rename=rename, panel=panel)
+    meta |= dict(low=low, high=high, complete=complete)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What every command takes."""
+
+    config: str | None = flag(default=None, help="read settings from a TOML or JSON file; flags win", complete="file")
+    seed: int = flag(default=0, help="seed of every random choice", low=0)
+    quiet: bool = flag(default=False, help="nothing on stderr but errors")
+    debug: bool = flag(default=False, help="show the traceback of a failure")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter(Base):
+    """What every command takes that reads records and writes records."""
+
+    files: list[str] = flag(positional=True, default=[], help="record files; '-' or nothing is stdin", complete="file")
+    out: str = flag("-o", default="-", help="output file (.jsonl, .jsonl.zst, .jsonl.gz); '-' is stdout", complete="file")
+    resume: bool = flag(
+        rename="--resume/--no-resume", default=True, help="continue a killed command from the journal beside --out"
+    )
+    provenance: str | None = flag(default=None, help="write the provenance record to this file", complete="file")
+    window: int = flag(default=1024, help="records that are held at once", low=1)
+    max_line: int = flag(default=64 << 20, help="longest accepted line in bytes", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute(Base):
+    """What every command takes that runs a model."""
+
+    device: Literal["auto", "cpu", "cuda"] = flag(default="auto", help="where to compute")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        default="auto", help="arithmetic; auto is bf16 on CUDA and fp32 on CPU; fp16 is for inference only"
+    )
