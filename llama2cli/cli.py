@@ -52,7 +52,9 @@ def complete_checkpoint(incomplete: str) -> list[str]:
 
     base = Path(incomplete) if incomplete.endswith("/") else Path(incomplete or ".").parent
     folders = [p for p in sorted(base.glob("*")) if p.is_dir() and str(p).startswith(incomplete.removeprefix("./"))]
-    return sorted((f"{p}/" for p in folders), key=lambda f: not any(Path(f, n).exists() for n in ("config.json", "latest")))
+    return sorted(
+        (f"{p}/" for p in folders), key=lambda f: not any(Path(f, n).exists() for n in ("config.json", "latest"))
+    )
 
 
 def complete_file(incomplete: str) -> list[str]:
@@ -102,7 +104,9 @@ def check_bounds(settings: Base) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if value != value or (low is not None and value < low) or (high is not None and value > high):
                 bound = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
-                raise Misuse(f"expected {bound if (low, high) != (None, None) else 'a number'}, got {value}", long_flag(field))
+                raise Misuse(
+                    f"expected {bound if (low, high) != (None, None) else 'a number'}, got {value}", long_flag(field)
+                )
 
 
 # --- settings files -----------------------------------------------------------------------------------------------
@@ -130,7 +134,9 @@ def read_config(path: str, settings: type[Base]) -> dict[str, Any]:
     hints = typing.get_type_hints(settings)
     values = {}
     for key, value in decoded.items():
-        name = {long_flag(f).removeprefix("--"): f.name for f in dataclasses.fields(settings)}.get(key.replace("_", "-"))
+        name = {long_flag(f).removeprefix("--"): f.name for f in dataclasses.fields(settings)}.get(
+            key.replace("_", "-")
+        )
         name = name or key.replace("-", "_")
         if name not in hints:
             raise Misuse(f"unknown setting{did_you_mean(name, hints)}", path, key)
@@ -163,7 +169,11 @@ def build(command: str | None, args: Sequence[str], act: Callable[[Any], None]) 
     app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help=SUMMARY, **PRETTY_EXCEPTIONS_OFF)  # type: ignore[arg-type]
 
     @app.callback()
-    def top(version: bool = typer.Option(False, "--version", is_eager=True, callback=print_version, help="print the version")) -> None:
+    def top(
+        version: bool = typer.Option(
+            False, "--version", is_eager=True, callback=print_version, help="print the version"
+        ),
+    ) -> None:
         pass
 
     for name, summary in COMMANDS.items():
@@ -175,7 +185,9 @@ def build(command: str | None, args: Sequence[str], act: Callable[[Any], None]) 
         given = read_config(path, module.Settings) if path else {}
         help = inspect.cleandoc(module.Settings.__doc__ or summary).replace("\n\nExample:\n", "\n\n\b\nExample:\n")
         context = {"default_map": given, "help_option_names": ["-h", "--help"]}
-        app.command(name, help=help, short_help=summary, context_settings=context)(command_function(module.Settings, act))
+        app.command(name, help=help, short_help=summary, context_settings=context)(
+            command_function(module.Settings, act)
+        )
     return app
 
 
@@ -218,7 +230,10 @@ def invoke(args: Sequence[str]) -> int:
     except typer.TyperException as e:  # the command line itself
         message = e.format_message()
         if message:
-            console.error(" ".join(message.split()).replace("'", '"') + f' (see "llama2{" " + command if command else ""} --help")')
+            console.error(
+                " ".join(message.split()).replace("'", '"')
+                + f' (see "llama2{" " + command if command else ""} --help")'
+            )
         return e.exit_code
     except Failure as e:
         if "--debug" in args:
@@ -256,6 +271,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as e:
         if "--debug" in args:
             raise
-        console.error(f"internal error, please report it: {type(e).__name__}: {' '.join(str(e).split())[:300]} (--debug shows where)")
+        console.error(
+            f"internal error, please report it: {type(e).__name__}: {' '.join(str(e).split())[:300]} (--debug shows where)"
+        )
         code = 1
     sys.exit(code)

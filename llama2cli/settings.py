@@ -61,7 +61,9 @@ class Filter(Base):
     """What every command takes that reads records and writes records."""
 
     files: list[str] = flag(positional=True, default=[], help="record files; '-' or nothing is stdin", complete="file")
-    out: str = flag("-o", default="-", help="output file (.jsonl, .jsonl.zst, .jsonl.gz); '-' is stdout", complete="file")
+    out: str = flag(
+        "-o", default="-", help="output file (.jsonl, .jsonl.zst, .jsonl.gz); '-' is stdout", complete="file"
+    )
     resume: bool = flag(
         rename="--resume/--no-resume", default=True, help="continue a killed command from the journal beside --out"
     )

@@ -1,0 +1,30 @@
+"""Shared by all tests: one torch thread, the folder of public data when it is there, and the command line in a process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before torch is imported anywhere: two test workers on two cores, and sums that do not depend on the machine's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("LLAMA2_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public data beside the checkout; a test that needs it is skipped where it is absent."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no folder of public data beside the checkout (or in LLAMA2_SHARED)")
+    return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def excerpts() -> Path:
+    """The public-domain excerpts of the project."""
+    return ROOT / "examples" / "data"
