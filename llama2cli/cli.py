@@ -1,4 +1,4 @@
-"""The table of commands. It knows names only: a stage is imported when it runs (or shows its help), torch when it computes.
+"""The table of commands. It knows names only: a stage is imported when it runs or shows its help.
 
 Each stage module has a dataclass `Settings` that gives the flags and the help, and `run(settings)`, whose result, if it
 has one, is printed as one JSON line.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import os
 import sys
 import types
@@ -30,7 +31,6 @@ COMMANDS = {
     "convert": "Meta checkpoints to Hugging Face folders and back",
     "plan": "memory, time, GPU-hours and tCO2 before you spend them",
 }
-PRETTY_EXCEPTIONS_OFF = {"pretty_exceptions_enable": False}
 
 
 def stage(command: str) -> types.ModuleType:
@@ -68,7 +68,7 @@ def parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     """The typer parameter of one settings field."""
     meta = field.metadata
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    default = ... if required else (field.default_factory() if callable(field.default_factory) else field.default)  # type: ignore[misc]
+    default = ... if required else (field.default_factory() if callable(field.default_factory) else field.default)
     low, high = meta["low"], meta["high"]
     bounds = {(True, False): f" [>= {low}]", (False, True): f" [<= {high}]", (True, True): f" [{low}..{high}]"}
     text = meta["help"] + bounds.get((low is not None, high is not None), "")
@@ -86,7 +86,8 @@ def command_function(settings: type[Base], act: Callable[[Any], None]) -> Callab
     """A function whose signature is the dataclass, for typer to read."""
 
     def command(**values: Any) -> None:
-        chosen = settings(**{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+        given: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        chosen = settings(**given)
         check_bounds(chosen)
         act(chosen)
 
@@ -101,12 +102,13 @@ def check_bounds(settings: Base) -> None:
     """Raise Misuse for a number outside the bounds that its flag declares, or a NaN."""
     for field in dataclasses.fields(settings):
         value, low, high = getattr(settings, field.name), field.metadata["low"], field.metadata["high"]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if value != value or (low is not None and value < low) or (high is not None and value > high):
-                bound = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
-                raise Misuse(
-                    f"expected {bound if (low, high) != (None, None) else 'a number'}, got {value}", long_flag(field)
-                )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise Misuse(f"expected a number, got {value}", long_flag(field))
+        if (low is not None and value < low) or (high is not None and value > high):
+            bound = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
+            raise Misuse(f"expected {bound}, got {value}", long_flag(field))
 
 
 # --- settings files -----------------------------------------------------------------------------------------------
@@ -164,33 +166,6 @@ def config_path(args: Sequence[str]) -> str | None:
 # --- running ------------------------------------------------------------------------------------------------------
 
 
-def build(command: str | None, args: Sequence[str], act: Callable[[Any], None]) -> typer.Typer:
-    """The application; only the named command has its flags, the others are names with a line of help."""
-    app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help=SUMMARY, **PRETTY_EXCEPTIONS_OFF)  # type: ignore[arg-type]
-
-    @app.callback()
-    def top(
-        version: bool = typer.Option(
-            False, "--version", is_eager=True, callback=print_version, help="print the version"
-        ),
-    ) -> None:
-        pass
-
-    for name, summary in COMMANDS.items():
-        if name != command:
-            app.command(name, help=summary)(lambda: None)
-            continue
-        module = stage(name)
-        path = config_path(args)
-        given = read_config(path, module.Settings) if path else {}
-        help = inspect.cleandoc(module.Settings.__doc__ or summary).replace("\n\nExample:\n", "\n\n\b\nExample:\n")
-        context = {"default_map": given, "help_option_names": ["-h", "--help"]}
-        app.command(name, help=help, short_help=summary, context_settings=context)(
-            command_function(module.Settings, act)
-        )
-    return app
-
-
 SUMMARY = """The Llama 2 paper as commands: each reads and writes JSONL and safetensors.
 
 `llama2 COMMAND --help` explains a command and ends with an example.
@@ -204,6 +179,31 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+VERSION = typer.Option(False, "--version", is_eager=True, callback=print_version, help="print the version")
+
+
+def build(command: str | None, args: Sequence[str], act: Callable[[Any], None]) -> typer.Typer:
+    """The application; only the named command has its flags, the others are names with a line of help."""
+    app = typer.Typer(rich_markup_mode=None, help=SUMMARY, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def top(version: bool = VERSION) -> None:
+        pass
+
+    for name, summary in COMMANDS.items():
+        if name != command:
+            app.command(name, help=summary)(lambda: None)
+            continue
+        module = stage(name)
+        path = config_path(args)
+        given = read_config(path, module.Settings) if path else {}
+        help = inspect.cleandoc(module.Settings.__doc__ or summary).replace("\n\nExample:\n", "\n\n\b\nExample:\n")
+        context = {"default_map": given, "help_option_names": ["-h", "--help"]}
+        function = command_function(module.Settings, act)
+        app.command(name, help=help, short_help=summary, context_settings=context)(function)
+    return app
+
+
 def emit(result: Any) -> None:
     """Print a stage's result as one JSON line on stdout, rank 0 only."""
     if result is not None and os.environ.get("RANK", "0") == "0":
@@ -214,7 +214,7 @@ def emit(result: Any) -> None:
 
 
 def invoke(args: Sequence[str]) -> int:
-    """Run one command line and return its exit code; no exception leaves."""
+    """Run one command line and return its exit code; no exception leaves, each becomes one line on stderr."""
     command = next((a for a in args if not a.startswith("-")), None)
     command = command if command in COMMANDS else None
     console.configure(f"llama2 {command}" if command else "llama2", quiet=False)
@@ -227,52 +227,39 @@ def invoke(args: Sequence[str]) -> int:
         app = build(command, args, act)
         code = typer.main.get_command(app)(list(args), prog_name="llama2", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except typer.TyperException as e:  # the command line itself
-        message = e.format_message()
-        if message:
-            console.error(
-                " ".join(message.split()).replace("'", '"')
-                + f' (see "llama2{" " + command if command else ""} --help")'
-            )
+    except typer.Exit as e:
         return e.exit_code
-    except Failure as e:
-        if "--debug" in args:
-            raise
-        console.error(str(e))
-        return e.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        console.error("interrupted")
-        return 130
     except BrokenPipeError:
         # the reader of our output has gone, as `| head` does: keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as e:
+    except (Exception, KeyboardInterrupt) as e:
         if "--debug" in args:
-            raise
-        console.error(": ".join(filter(None, [e.filename and str(e.filename), e.strerror or str(e)])))
-        return 1
-    except MemoryError:
-        if "--debug" in args:
-            raise
-        console.error("out of memory; a smaller --batch-size, --window or --context needs less")
-        return 1
+            console.traceback()
+        message, code = explain(e, command)
+        console.error(message)
+        return code
     finally:
         console.flush_warnings()
 
 
+def explain(error: BaseException, command: str | None) -> tuple[str, int]:
+    """The one line and the exit code of an exception."""
+    if isinstance(error, Failure):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):  # the command line itself
+        text = " ".join(error.format_message().split()).replace("(Possible options:", "(did you mean")
+        return f"{text} (see `llama2{' ' + command if command else ''} --help`)", error.exit_code
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return "interrupted", 130
+    if isinstance(error, OSError):
+        return ": ".join(filter(None, [error.filename and str(error.filename), error.strerror or str(error)])), 1
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller --batch-size, --window or --context needs less", 1
+    what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"internal error, please report it: {what} (--debug shows where)", 1
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The `llama2` command."""
-    args = sys.argv[1:] if args is None else args
-    try:
-        code = invoke(args)
-    except typer.Exit as e:
-        code = e.exit_code
-    except Exception as e:
-        if "--debug" in args:
-            raise
-        console.error(
-            f"internal error, please report it: {type(e).__name__}: {' '.join(str(e).split())[:300]} (--debug shows where)"
-        )
-        code = 1
-    sys.exit(code)
+    sys.exit(invoke((sys.argv[1:] if args is None else args) or ["--help"]))

@@ -65,6 +65,13 @@ def error(message: str) -> None:
     _write(f"{_state['command']}: {message}\n")
 
 
+def traceback() -> None:
+    """Print the traceback of the exception that is being handled (`--debug`)."""
+    from traceback import format_exc
+
+    _write(format_exc())
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Draw a table on stderr: first column left-aligned, the others right-aligned."""
     if not speaks():

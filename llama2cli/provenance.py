@@ -46,7 +46,7 @@ def key(settings: Any, inputs: Iterable[str | Path] = (), ignore: Iterable[str] 
 
 
 def fingerprint(path: str | Path) -> str | None:
-    """sha256 of a file, or of a folder's manifest (of its files where it has none); None for stdin or what is not there."""
+    """sha256 of a file, or of a folder's manifest (of its files where it has none); None for stdin and for nothing."""
     if str(path) == "-":
         return None
     path = Path(path)

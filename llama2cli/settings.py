@@ -29,7 +29,6 @@ def flag(
     positional: bool = False,
     metavar: str | None = None,
     rename: str | None = None,
-    panel: str | None = None,
     low: float | None = None,
     high: float | None = None,
     complete: Literal["file", "checkpoint", "none"] = "none",
@@ -39,7 +38,7 @@ def flag(
     names: short forms beside the long one ("-o"). rename: the long flag when it is not the field's name ("--samples").
     low, high: inclusive bounds, checked by `check_bounds` and shown in the help. complete: what a shell offers.
     """
-    meta = dict(names=names, help=help, positional=positional, metavar=metavar, rename=rename, panel=panel)
+    meta = dict(names=names, help=help, positional=positional, metavar=metavar, rename=rename)
     meta |= dict(low=low, high=high, complete=complete)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
@@ -60,10 +59,13 @@ class Base:
 class Filter(Base):
     """What every command takes that reads records and writes records."""
 
-    files: list[str] = flag(positional=True, default=[], help="record files; '-' or nothing is stdin", complete="file")
-    out: str = flag(
-        "-o", default="-", help="output file (.jsonl, .jsonl.zst, .jsonl.gz); '-' is stdout", complete="file"
+    files: list[str] = flag(
+        positional=True,
+        default=[],
+        help="record files; '-', or nothing at the end of a pipe, is stdin",
+        complete="file",
     )
+    out: str = flag("-o", default="-", help="output file (.jsonl, .jsonl.zst, .jsonl.gz)", complete="file")
     resume: bool = flag(
         rename="--resume/--no-resume", default=True, help="continue a killed command from the journal beside --out"
     )

@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread, the folder of public data when it is there, and the command line in a process."""
+"""Shared by all tests: one torch thread, and the folder of public data where it is there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Set before torch is imported anywhere: two test workers on two cores, and sums that do not depend on the machine's cores.
+# Set before torch is imported: two workers on two cores, and sums that do not depend on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
