@@ -1,0 +1,264 @@
+"""What a model costs: parameters, FLOPs, memory, GPU-hours, tCO2. Plain arithmetic over a `ModelConfig`; no torch.
+
+Letters: L layers, D width, H query heads, G key-value heads, K head size, F width of the feed-forward, V vocabulary.
+
+Two conventions that others choose differently:
+
+1. A FLOP is a multiply or an add of a matrix product. A weight costs 6 a token in training (2 forward, 4 backward); the
+   output head counts, the input table (a lookup) and the norms do not. What activation checkpointing computes again is
+   not counted, so the same work has the same FLOPs with and without it (PaLM, appendix B: "model FLOPs").
+2. Attention is counted at its causal half: a query at place t needs t keys, T/2 in the mean. PaLM counts the whole
+   square, 12 L H K T a token; `causal=False` gives that. For Llama 2 at its own context the two differ by 4% to 8%.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from llama2cli.nn.config import ModelConfig
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+class Parameters(NamedTuple):
+    """Weights by part. `head` is 0 when it is tied to the embedding."""
+
+    embedding: int
+    attention: int
+    feed_forward: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All weights."""
+        return sum(self)
+
+
+def attention_width(config: ModelConfig) -> int:
+    """H K: the width of the queries of one layer, which is the model's own in every Llama 2."""
+    return config.num_attention_heads * config.head_dim
+
+
+def key_value_width(config: ModelConfig) -> int:
+    """G K: the width of the keys (and of the values) of one layer."""
+    return config.num_key_value_heads * config.head_dim
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Weights by part: there are no biases, two norms a layer and one at the end (Llama 2, section 2.2)."""
+    depth, width = config.num_hidden_layers, config.hidden_size
+    return Parameters(
+        embedding=config.vocab_size * width,
+        attention=depth * width * 2 * (attention_width(config) + key_value_width(config)),
+        feed_forward=depth * 3 * width * config.intermediate_size,
+        norms=(2 * depth + 1) * width,
+        head=0 if config.tie_word_embeddings else config.vocab_size * width,
+    )
+
+
+def n_params(config: ModelConfig) -> int:
+    """How many weights the model has; a tied head counts once."""
+    return parameters(config).total
+
+
+def n_matmul_params(config: ModelConfig) -> int:
+    """How many weights a token is multiplied with: attention, feed-forward and the head, tied or not."""
+    part = parameters(config)
+    return part.attention + part.feed_forward + config.vocab_size * config.hidden_size
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def train_flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -> int:
+    """FLOPs to train on one token, forward and backward: 6 N + 6 L H K T, where N is `n_matmul_params`.
+
+    context: T, the length of the sequences, in tokens. causal: see the top of this file.
+    """
+    square = 12 * config.num_hidden_layers * attention_width(config) * context
+    return 6 * n_matmul_params(config) + (square // 2 if causal else square)
+
+
+def forward_flops_per_token(config: ModelConfig, context: int) -> int:
+    """FLOPs of a forward pass over a sequence of T tokens, per token: a third of training."""
+    return train_flops_per_token(config, context) // 3
+
+
+def decode_flops_per_token(config: ModelConfig, context: int) -> int:
+    """FLOPs to generate one token that sees `context` earlier ones in the cache: 2 N + 4 L H K T."""
+    return 2 * n_matmul_params(config) + 4 * config.num_hidden_layers * attention_width(config) * context
+
+
+# --- machines -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A kind of accelerator.
+
+    peak: dense bf16 FLOP/s of the data sheet. watts: power limit. memory: bytes as sold (80 GB = 80e9); a device holds
+    some 5% more, which is left to the CUDA context, communication buffers and fragmentation.
+    """
+
+    peak: float
+    watts: float | None
+    memory: float
+
+
+# NVIDIA's data sheets, SXM boards where there is a choice; sparsity not counted.
+GPUS = {
+    "a100-40gb": GPU(312e12, 400, 40e9),
+    "a100-80gb": GPU(312e12, 400, 80e9),  # Llama 2, Table 2
+    "h100": GPU(989e12, 700, 80e9),
+    "h200": GPU(989e12, 700, 141e9),
+    "b200": GPU(2250e12, 1000, 180e9),
+    "l40s": GPU(362e12, 350, 48e9),
+}
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak: float, gpus: int = 1) -> float:
+    """Model FLOPs utilization: the share of the peak (FLOP/s of one GPU) that went into the model's own FLOPs."""
+    return tokens_per_second * flops_per_token / (peak * gpus)
+
+
+def gpu_hours(tokens: float, flops_per_token: float, peak: float, mfu: float) -> float:
+    """GPU-hours to train on so many tokens when each GPU does `mfu` of its peak."""
+    return tokens * flops_per_token / (peak * mfu) / 3600
+
+
+def implied_mfu(gpu_hours: float, tokens: float, flops_per_token: float, peak: float) -> float:
+    """The utilization that a number of GPU-hours amounts to."""
+    return tokens * flops_per_token / (gpu_hours * 3600 * peak)
+
+
+def co2_tonnes(gpu_hours: float, watts: float, pue: float = 1.1, kg_per_kwh: float = 0.385) -> float:
+    """Tonnes of CO2 equivalent of GPU-hours at a power (W per GPU): hours x W x PUE x intensity of the grid.
+
+    The constants are those that give every row of Llama 2's Table 2 (its text names neither).
+    """
+    return gpu_hours * watts * pue * kg_per_kwh * 1e-6
+
+
+class Run(NamedTuple):
+    """A row of Table 2: GPU-hours on A100-80GB, W per GPU, tonnes of CO2 equivalent."""
+
+    gpu_hours: int
+    watts: int
+    tco2: float
+
+
+TABLE_2 = {
+    "7b": Run(184_320, 400, 31.22),
+    "13b": Run(368_640, 400, 62.44),
+    "34b": Run(1_038_336, 350, 153.90),
+    "70b": Run(1_720_320, 400, 291.42),
+}
+PAPER_TOKENS = 2_000_000_000_000  # Llama 2, section 2.1
+# The hours of Table 2 imply 0.41, 0.40, 0.36 and 0.44 by `implied_mfu` on the A100's peak: 0.40 is their middle.
+DEFAULT_MFU = 0.40
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the worst moment of a training step, by part."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(asdict(self).values())
+
+
+def activation_elements_per_token(config: ModelConfig) -> int:
+    """Numbers that one layer keeps of one token for its backward pass: 4 D + 2 H K + 2 G K + 3 F.
+
+    After Korthikanti et al. 2022 (section 4.1), counted anew for this layer: no dropout, no score matrix (flash
+    attention), SwiGLU. Kept are the inputs of both norms and of the qkv and gate-up products (4 D), the rotated q, k
+    and v and the attention's output (2 H K + 2 G K), gate, up and their product (3 F).
+    """
+    attention = 2 * attention_width(config) + 2 * key_value_width(config)
+    return 4 * config.hidden_size + attention + 3 * config.intermediate_size
+
+
+def activation_bytes(config: ModelConfig, tokens: int, *, checkpointing: bool, compute_bytes: int = 2) -> float:
+    """Bytes kept between forward and backward for so many tokens in all layers.
+
+    checkpointing: each layer keeps its input only; one layer at a time has all of its own, made again.
+    """
+    layer = tokens * activation_elements_per_token(config) * compute_bytes
+    if not checkpointing:
+        return config.num_hidden_layers * layer
+    return config.num_hidden_layers * tokens * config.hidden_size * compute_bytes + layer
+
+
+def memory_per_gpu(
+    config: ModelConfig,
+    *,
+    tokens: int,
+    gpus: int = 1,
+    checkpointing: bool = False,
+    compute_bytes: int = 2,
+    chunk: int = 1024,
+) -> Memory:
+    """Bytes per GPU of a training step under FSDP2 with AdamW.
+
+    tokens: of one micro-batch on one GPU. compute_bytes: 2 for bf16, 4 for fp32. chunk: rows of logits held at once.
+
+    * Weights, gradients and both moments are fp32 and sharded: 16 bytes a weight, over the GPUs.
+    * With several GPUs two layers are gathered in the compute type (one at work, one on its way), the layer at work has
+      its gradient in it and the one before is being reduced in fp32; table and head stay gathered, the head with its
+      gradient in fp32. With one GPU nothing is gathered, but autocast keeps a bf16 copy of each matrix.
+    * Head: a chunk of fp32 logits and of their gradient, and the gradient of the hidden states of all tokens.
+    """
+    weights, layers = n_params(config), config.num_hidden_layers
+    part = parameters(config)
+    layer, ends = (part.attention + part.feed_forward) // layers, part.embedding + part.head
+    if gpus == 1:
+        gathered = 2.0 * n_matmul_params(config) if compute_bytes == 2 else 0.0
+    else:
+        gathered = (
+            layer * (3 * compute_bytes + 4.0) + ends * compute_bytes + 4.0 * config.vocab_size * config.hidden_size
+        )
+    rows = min(chunk, tokens)
+    return Memory(
+        parameters=4.0 * weights / gpus,
+        gradients=4.0 * weights / gpus,
+        optimizer=8.0 * weights / gpus,
+        gathered=gathered,
+        activations=activation_bytes(config, tokens, checkpointing=checkpointing, compute_bytes=compute_bytes),
+        head=2 * 4.0 * rows * config.vocab_size + tokens * config.hidden_size * compute_bytes,
+    )
+
+
+def smallest_gpus(
+    config: ModelConfig, memory: float, *, tokens: int, checkpointing: bool = False, compute_bytes: int = 2
+) -> int | None:
+    """The fewest GPUs of so many bytes that hold a training step, or None when no number does."""
+
+    def need(gpus: int) -> float:
+        return memory_per_gpu(
+            config, tokens=tokens, gpus=gpus, checkpointing=checkpointing, compute_bytes=compute_bytes
+        ).total
+
+    if need(1) <= memory:
+        return 1
+    sharded = 16.0 * n_params(config)
+    room = memory - (need(2) - sharded / 2)  # what the parts that are not sharded leave
+    return max(2, math.ceil(sharded / room)) if room > 0 else None
+
+
+def kv_cache_bytes(config: ModelConfig, tokens: int, *, compute_bytes: int = 2) -> int:
+    """Bytes of the keys and values of so many tokens (batch x length): 2 L G K numbers each."""
+    return tokens * 2 * config.num_hidden_layers * key_value_width(config) * compute_bytes
