@@ -1,0 +1,268 @@
+"""Llama's tokenizer: SentencePiece BPE with digits split, byte fallback and no normalisation (Llama 2, section 2.2).
+
+Ids are SentencePiece's own, through the segment cache where the vocabulary allows it. BOS and EOS are never made from
+text: who wants them adds the numbers.
+
+How the paper's words became options of the trainer: "splits all numbers into individual digits" is `split_digits`,
+"uses bytes to decompose unknown UTF-8 characters" is `byte_fallback`. The rest is what Meta's published tokenizer.model
+says of itself: identity normalisation, character coverage 0.99995, a dummy space before the text, whitespace kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama2cli import console
+from llama2cli.errors import DataError, Misuse
+from llama2cli.text import sentencepiece_proto as sp_proto
+from llama2cli.text.segments import MARK, SegmentCache, cuttable, separator, unpack
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+UNK, BOS, EOS = 0, 1, 2
+FIXED = 3 + 256  # <unk>, <s>, </s> and the bytes
+FLOOR = FIXED + 1  # and the space mark: as three bytes it would be decoded to itself, not to a space
+COVERAGE = 0.99995  # as in Meta's tokenizer.model
+MAX_WORD = 4096  # characters of one word that the trainer looks at; its own counters overflow at 65536
+MAX_WORDS = 1 << 22  # distinct words counted at once, about 0.6 GB; then the rarest are dropped
+
+
+class Tokenizer:
+    """Text to ids and back. Load it with `Tokenizer.load`; it holds a cache of some 100 MB at most."""
+
+    def __init__(self, proto: bytes, name: str = "tokenizer.model") -> None:
+        """proto: the bytes of a `.model` file; name: how errors call it. Raises DataError for another family's."""
+        self.proto, self.name = proto, name
+        self.spec = check(proto, name)
+        self.sha256 = hashlib.sha256(proto).hexdigest()
+        self.vocab_size = len(self.spec.pieces)
+        self.unk_id, self.bos_id, self.eos_id = UNK, BOS, EOS
+        self.pad_id = self.spec.pad_id if 0 <= self.spec.pad_id < self.vocab_size else None
+        self.code = "H" if self.vocab_size <= 1 << 16 else "I"  # array code of packed ids
+        self._sp = processor(proto, name)
+        self._ids = {piece.text: i for i, piece in enumerate(self.spec.pieces)}
+        self._cache: SegmentCache | None = None
+        joint = separator(self.spec)
+        if joint is not None and cuttable(self.spec):
+            self._cache = SegmentCache(processor(sp_proto.without_dummy_prefix(proto), name).encode, joint, self.code)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """A tokenizer from a `.model` file, or from a folder (checkpoint, step, run) that holds `tokenizer.model`.
+
+        Raises DataError when there is none, or when it is another family's.
+        """
+        file = find(Path(path))
+        try:
+            return cls(file.read_bytes(), str(file))
+        except OSError as e:
+            raise DataError(e.strerror or "cannot be read", file) from None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the segment cache is used; if not, each text goes through SentencePiece as a whole."""
+        return self._cache is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS and EOS."""
+        return list(unpack(self.pack([text])[0], self.code))
+
+    def pack(self, texts: list[str]) -> list[bytes]:
+        """Ids of each text as native-endian unsigned integers: 2 bytes each where the vocabulary fits, else 4."""
+        try:
+            if self._cache is not None:
+                return self._cache.pack(texts)
+            return [array(self.code, ids).tobytes() for ids in self._sp.encode(texts, num_threads=1)]
+        except (RuntimeError, UnicodeEncodeError):  # what the binding says to a str that UTF-8 cannot hold
+            raise DataError("the text holds half of a surrogate pair, which is no character") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control ids give nothing, bytes that are no UTF-8 give U+FFFD, <unk> gives " \u2047 ".
+
+        Raises DataError for an id outside the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise DataError(f"id {i} is outside the vocabulary of {self.vocab_size}", self.name)
+        return self._sp.decode(ids)
+
+    def id_to_piece(self, i: int) -> str:
+        """The piece of an id, with U+2581 for spaces."""
+        return self.spec.pieces[i].text
+
+    def piece_to_id(self, piece: str) -> int:
+        """The id of a piece; <unk>'s where there is none."""
+        return self._ids.get(piece, UNK)
+
+    def id_to_bytes(self, i: int) -> bytes:
+        """What an id adds to the text, as UTF-8; nothing for control ids. The space before a text is there."""
+        piece = self.spec.pieces[i]
+        if piece.kind == sp_proto.BYTE:
+            return bytes([int(piece.text[1:-1], 16)])
+        if piece.kind == sp_proto.CONTROL:
+            return b""
+        return " \u2047 ".encode() if piece.kind == sp_proto.UNKNOWN else piece.text.replace(MARK, " ").encode()
+
+
+def processor(proto: bytes, name: str) -> SentencePieceProcessor:
+    """SentencePiece itself. Raises DataError when it does not take the model."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_proto=proto)
+    except (RuntimeError, ValueError, OSError) as e:
+        raise DataError(f"is no SentencePiece model ({e})", name) from None
+
+
+def check(proto: bytes, name: str) -> sp_proto.Spec:
+    """Parse a model and refuse what is not Llama's kind, by name."""
+    try:
+        spec = sp_proto.read(proto)
+    except ValueError as e:
+        hint = "; a Git LFS pointer, not the file" if proto.startswith(b"version https://git-lfs") else ""
+        raise DataError(f"is no SentencePiece model ({e}){hint}", name) from None
+    kind = sp_proto.MODEL_TYPES.get(spec.model_type, str(spec.model_type))
+    if spec.model_type != sp_proto.BPE:
+        raise DataError(f"is a SentencePiece {kind} model; Llama 2's tokenizer is SentencePiece BPE", name)
+    held = {p.text for p in spec.pieces if p.kind == sp_proto.BYTE}
+    missing = [b for b in range(256) if f"<0x{b:02X}>" not in held]
+    if not spec.byte_fallback or missing:
+        raise DataError(
+            "is SentencePiece BPE without byte fallback; Llama 2's tokenizer has the 256 bytes as pieces", name
+        )
+    if (spec.unk_id, spec.bos_id, spec.eos_id) != (UNK, BOS, EOS):
+        got = f"unk {spec.unk_id}, bos {spec.bos_id}, eos {spec.eos_id}"
+        raise DataError(f"has {got}; Llama 2's tokenizer has unk 0, bos 1, eos 2", name)
+    kinds = [p.kind for p in spec.pieces[:3]]
+    if kinds != [sp_proto.UNKNOWN, sp_proto.CONTROL, sp_proto.CONTROL]:
+        raise DataError("ids 0, 1, 2 are not the control pieces <unk>, <s>, </s>", name)
+    return spec
+
+
+def find(path: Path) -> Path:
+    """The `.model` file of a path that a user gave. Raises DataError."""
+    if path.is_file():
+        if path.suffix == ".json":
+            raise DataError(
+                "is a tokenizer of the `tokenizers` library; Llama 2's is a SentencePiece tokenizer.model", path
+            )
+        return path
+    if not path.exists():
+        raise DataError("no such tokenizer: a tokenizer.model file, or a folder that holds one, is needed", path)
+    if not (path / "tokenizer.model").is_file():
+        from llama2cli.text.folders import resolve_model
+
+        folder = resolve_model(path)
+        if not (folder / "tokenizer.model").is_file():
+            if (folder / "tokenizer.json").is_file():
+                why = "has tokenizer.json but no tokenizer.model: not Llama 2's tokenizer (Llama 3 and others are so)"
+            else:
+                why = "has no tokenizer.model"
+            raise DataError(why, folder)
+        path = folder
+    return path / "tokenizer.model"
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+# A word is a run of spaces and what follows it. SentencePiece's trainer never looks across words, and it reads no
+# newline, tab or NUL into a piece, nor U+2585, its own mark for what is unknown.
+_words = re.compile(r" *[^ \n\t\0\u2585]+| +").findall
+
+
+def count_words(texts: Iterable[str], *, sample: float = 1.0, seed: int = 0) -> Counter[str]:
+    """How often each word stands in the texts; each line begins with a space, as a text does when it is encoded.
+
+    sample: the share of lines that is looked at. The rarest words are dropped where there are more than MAX_WORDS.
+    """
+    counts: Counter[str] = Counter()
+    draw = random.Random(seed).random
+    floor = 0
+    for text in texts:
+        for line in text.replace(MARK, " ").split("\n"):
+            if line and (sample >= 1 or draw() < sample):
+                counts.update(_words(" " + line))
+        if len(counts) > MAX_WORDS:
+            while len(counts) > MAX_WORDS // 2:
+                floor += 1
+                counts = Counter({w: n for w, n in counts.items() if n > floor})
+            console.warn(f"many distinct words: those seen {floor} times or less so far are forgotten", "rare words")
+    return counts
+
+
+def train(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    character_coverage: float = COVERAGE,
+    sample: float = 1.0,
+    seed: int = 0,
+) -> bytes:
+    """The bytes of a `.model` file with at most `vocab_size` pieces, fewer where the texts do not give that many.
+
+    The same texts in the same order give the same bytes. Raises Misuse for a size below 260, DataError for no text.
+    """
+    if vocab_size < FLOOR:
+        raise Misuse(
+            f"at least {FLOOR} are needed: 3 control pieces, 256 bytes and the space; got {vocab_size}", "--vocab-size"
+        )
+    counts = count_words(texts, sample=sample, seed=seed)
+    if not counts:
+        raise DataError("no text to train on")
+    room = max(vocab_size, FIXED + len(set().union(*counts)))  # SentencePiece fails where its alphabet does not fit
+    proto = _train(counts, room, character_coverage)
+    if room == vocab_size:
+        return proto
+    # A small vocabulary. The alphabet stands last in a model, most frequent first; merges get the room it leaves.
+    pieces = sp_proto.read(proto).pieces
+    alphabet = [i for i, p in enumerate(pieces) if i >= FIXED and len(p.text) == 1]
+    if FIXED + len(alphabet) <= vocab_size:
+        return _train(counts, vocab_size, character_coverage)
+    alphabet.sort(key=lambda i: pieces[i].text != MARK)
+    return sp_proto.keep(proto, [*range(FIXED), *sorted(alphabet[: vocab_size - FIXED])])
+
+
+def _train(counts: Counter[str], vocab_size: int, character_coverage: float) -> bytes:
+    import sentencepiece
+
+    def rows() -> Iterator[str]:
+        for word, n in counts.items():
+            for at in range(0, len(word), MAX_WORD):
+                part = word[at : at + MAX_WORD]
+                yield f"{part[1:] if at == 0 and part[0] == ' ' else part}\t{n}"
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=rows(),
+        model_writer=out,
+        input_format="tsv",
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=character_coverage,
+        required_chars=MARK,
+        split_digits=True,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        add_dummy_prefix=True,
+        max_sentence_length=1 << 20,
+        unk_id=UNK,
+        bos_id=BOS,
+        eos_id=EOS,
+        pad_id=-1,
+        num_threads=1,  # it stands in the model's bytes
+        minloglevel=2,
+    )
+    return out.getvalue()
