@@ -1,0 +1,333 @@
+"""Hugging Face Llama folders: `config.json`, `model.safetensors` or shards with an index, tokenizer files.
+
+Both directions stream: one matrix of the model at a time is held beside the model. Files are memory-mapped, their
+headers checked (`text.tensorfile`), names and shapes compared with the model's own list before anything is allocated,
+and values that are not finite refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama2cli.errors import DataError, did_you_mean
+from llama2cli.nn.config import BOS, EOS, LM, ModelConfig, config_to_json, read_config, read_json
+from llama2cli.nn.model import Llama, fill
+from llama2cli.text import tensorfile
+from llama2cli.text.tokenizer import Tokenizer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+class Part(NamedTuple):
+    """A tensor of a Hugging Face folder: its name, and the rows of our parameter that it is."""
+
+    name: str
+    ours: str
+    start: int
+    shape: tuple[int, ...]
+
+
+def parts(config: ModelConfig) -> list[Part]:
+    """All tensors of a Hugging Face folder, in our order; consecutive ones make a fused parameter."""
+    D, width, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    kv = config.num_key_value_heads * config.head_dim
+    out = [Part("model.embed_tokens.weight", "embed", 0, (V, D))]
+    for i in range(config.num_hidden_layers):
+        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        out += [
+            Part(theirs + "input_layernorm.weight", ours + "attn_norm", 0, (D,)),
+            Part(theirs + "self_attn.q_proj.weight", ours + "qkv", 0, (D, D)),
+            Part(theirs + "self_attn.k_proj.weight", ours + "qkv", D, (kv, D)),
+            Part(theirs + "self_attn.v_proj.weight", ours + "qkv", D + kv, (kv, D)),
+            Part(theirs + "self_attn.o_proj.weight", ours + "out", 0, (D, D)),
+            Part(theirs + "post_attention_layernorm.weight", ours + "mlp_norm", 0, (D,)),
+            Part(theirs + "mlp.gate_proj.weight", ours + "gate_up", 0, (width, D)),
+            Part(theirs + "mlp.up_proj.weight", ours + "gate_up", width, (width, D)),
+            Part(theirs + "mlp.down_proj.weight", ours + "down", 0, (D, width)),
+        ]
+    out.append(Part("model.norm.weight", "norm", 0, (D,)))
+    if not config.tie_word_embeddings:
+        out.append(Part("lm_head.weight", "head", 0, (V, D)))
+    return out
+
+
+def state_to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our parameters under Hugging Face's names: views of the given tensors."""
+    return {p.name: state[p.ours][p.start : p.start + p.shape[0]] for p in parts(config)}
+
+
+def state_from_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Hugging Face's tensors as our parameters; fused ones are new tensors."""
+    joined: dict[str, list[Tensor]] = {}
+    for p in parts(config):
+        joined.setdefault(p.ours, []).append(state[p.name])
+    return {ours: t[0] if len(t) == 1 else torch.cat(t) for ours, t in joined.items()}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def load_config(folder: str | Path, architecture: str | None = LM) -> ModelConfig:
+    """The configuration of a folder. Raises DataError for what is not Llama 2, or not the wanted architecture."""
+    return read_config(Path(folder, "config.json"), architecture)
+
+
+def load_model(folder: str | Path, *, dtype: str | torch.dtype = "fp32", device: str | torch.device = "cpu") -> Llama:
+    """A language model from a Hugging Face folder, its weights rounded to `dtype` on `device`.
+
+    Raises DataError naming file, tensor or key for whatever is not a whole Llama 2 checkpoint.
+    """
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    stored = find_tensors(Path(folder), config)
+    model.to(DTYPES[dtype] if isinstance(dtype, str) else dtype).to_empty(device=device)
+    read_into(model, stored, config)
+    return model
+
+
+def load_into(model: Llama, folder: str | Path) -> None:
+    """Load the weights of a folder into a model of the same shape; a sharded one (FSDP2) takes each rank's part.
+
+    The folder may differ in `max_position_embeddings` only. Raises DataError.
+    """
+    config = load_config(folder)
+    for key, ours in dataclasses.asdict(model.config).items():
+        theirs = getattr(config, key)
+        if ours != theirs and key != "max_position_embeddings":
+            raise DataError(f"is {theirs}, the model being loaded has {ours}", Path(folder, "config.json"), key)
+    read_into(model, find_tensors(Path(folder), config), config)
+
+
+class Stored(NamedTuple):
+    """Where a tensor of a folder lies."""
+
+    path: Path
+    dtype: str
+
+
+def tensor_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The weight files of a folder, each with the names that the index gives it (None: no index).
+
+    Raises DataError where there are none, or where the index is not what it should be.
+    """
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    index = folder / INDEX
+    if not index.is_file():
+        if any(folder.glob("pytorch_model*.bin")):
+            fix = "save it again with save_pretrained(..., safe_serialization=True) of transformers"
+            raise DataError(f"has only pytorch_model.bin, a pickle, which is not read; {fix}", folder)
+        raise DataError(f"has no {SINGLE} and no {INDEX}", folder)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError("expected an object of tensor names and files", index, "weight_map")
+    files: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or PurePosixPath(file).name != file or not file.endswith(".safetensors"):
+            raise DataError(f"{name!r}: expected a safetensors file of this folder, got {file!r}", index, "weight_map")
+        names = files.setdefault(folder / file, set())
+        assert names is not None
+        names.add(name)
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"does not exist, but {INDEX} names it", path)
+    return files
+
+
+def find_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+    """Where each tensor of the model lies in a folder, names, shapes and types checked, no value read.
+
+    Raises DataError for a missing or unexpected tensor, a wrong shape or type, a file that disagrees with the index.
+    """
+    wanted = {p.name: p.shape for p in parts(config)}
+    found: dict[str, Stored] = {}
+    for path, listed in tensor_files(folder).items():
+        header = tensorfile.read_header(path)
+        if listed is not None and listed != set(header):
+            odd = sorted(listed ^ set(header))[0]
+            raise DataError(f"{odd!r} is in only one of this file and {INDEX}", path)
+        for name, info in header.items():
+            if name.endswith("rotary_emb.inv_freq"):  # a constant that old versions of transformers saved
+                continue
+            if name == "lm_head.weight" and config.tie_word_embeddings:  # the same table, saved twice
+                continue
+            if name not in wanted:
+                raise DataError(f"{name!r} is not a tensor of Llama 2{did_you_mean(name, wanted)}", path)
+            if tuple(info.shape) != wanted[name]:
+                by = f"expected shape {list(wanted[name])} by config.json"
+                raise DataError(f"{by}, got {list(info.shape)}", path, name)
+            if info.dtype not in STORED:
+                raise DataError(f"expected fp32, fp16 or bf16 (F32, F16, BF16), got {info.dtype}", path, name)
+            found[name] = Stored(path, info.dtype)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
+        raise DataError(f"tensor {missing[0]!r}{more}", folder)
+    return found
+
+
+def read_tensor(stored: Stored, name: str) -> Tensor:
+    """A tensor of a file, mapped, in its stored type. Raises DataError where values are not finite."""
+    array = tensorfile.open_array(stored.path, name)
+    tensor = torch.from_numpy(np.asarray(array))
+    if tensor.dtype != STORED[stored.dtype]:
+        tensor = tensor.view(STORED[stored.dtype])
+    low, high = tensor.aminmax()  # one pass; either is NaN where any value is
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise DataError(f"{bad:,} of {tensor.numel():,} values are not finite", stored.path, name)
+    return tensor
+
+
+def read_into(model: Llama, stored: Mapping[str, Stored], config: ModelConfig) -> None:
+    """Fill a model's parameters, one at a time."""
+    params = dict(model.named_parameters())
+    joined: dict[str, list[str]] = {}
+    for p in parts(config):
+        joined.setdefault(p.ours, []).append(p.name)
+    for ours, names in joined.items():
+        tensors = [read_tensor(stored[n], n) for n in names]
+        fill(params[ours], tensors[0] if len(tensors) == 1 else torch.cat(tensors))
+
+
+def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, place: object) -> None:
+    """Raise DataError where the tokenizer has ids that the model has no row for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        had = f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model {config.vocab_size:,}"
+        raise DataError(f"{had}: they do not belong together", place)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    folder: str | Path,
+    model: Llama,
+    tokenizer: Tokenizer | None,
+    *,
+    save_dtype: str = "fp32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_files: Mapping[str, bytes] | None = None,
+    writes: bool = True,
+) -> None:
+    """Write a model as a Hugging Face folder into `folder`, which exists; the same model gives the same bytes.
+
+    A sharded model (FSDP2) is gathered parameter by parameter: every rank calls this, only one has `writes`. The caller
+    publishes the folder atomically (`text.folders.publish_folder`).
+    """
+    folder = Path(folder)
+    if writes:
+        dtype = str(DTYPES[save_dtype]).removeprefix("torch.")
+        files = {"config.json": to_json(config_to_json(model.config, LM, dtype)), "generation_config.json": GENERATION}
+        for name, data in (files | dict(extra_files or {})).items():
+            Path(folder, name).write_bytes(data)
+        if tokenizer is not None:
+            from llama2cli.text.tokenizer_json import write_tokenizer_files
+
+            write_tokenizer_files(folder, tokenizer, context=model.config.max_position_embeddings)
+    write_weights(folder, model.named_parameters(), model.config, save_dtype, max_shard_bytes, writes)
+
+
+def to_json(value: object) -> bytes:
+    """Indented JSON that ends with a newline."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+# Temperature and top-p of Meta's reference example programs; `generate` takes its defaults from here.
+GENERATION = to_json(
+    {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+)
+
+
+def plan_shards(config: ModelConfig, itemsize: int, max_shard_bytes: int) -> list[list[Part]]:
+    """The tensors of each file: consecutive ones, as many as fit; at least one."""
+    shards: list[list[Part]] = [[]]
+    size = 0
+    for part in parts(config):
+        bytes_ = int(np.prod(part.shape)) * itemsize
+        if shards[-1] and size + bytes_ > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(part)
+        size += bytes_
+    return shards
+
+
+def write_weights(
+    folder: Path,
+    named: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    save_dtype: str,
+    max_shard_bytes: int,
+    writes: bool = True,
+) -> None:
+    """Write parameters, in the order of `parts`, to one safetensors file or to shards with an index."""
+    dtype = DTYPES[save_dtype]
+    stored = next(k for k, v in STORED.items() if v == dtype)
+    shards = plan_shards(config, dtype.itemsize, max_shard_bytes)
+    many = len(shards) > 1
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if many else SINGLE for i in range(len(shards))]
+    tensors = gathered(named, config)
+    for file, shard in zip(files, shards):
+        if not writes:
+            for _ in shard:
+                next(tensors)
+            continue
+        with Path(folder, file).open("wb") as f:
+            f.write(header(shard, stored, dtype.itemsize))
+            for part in shard:
+                name, tensor = next(tensors)
+                assert (name, tuple(tensor.shape)) == (part.name, part.shape), (name, part)
+                f.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            f.flush()
+            os.fsync(f.fileno())
+    if many and writes:
+        weight_map = {part.name: file for file, shard in zip(files, shards) for part in shard}
+        total = sum(int(np.prod(p.shape)) for p in parts(config)) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        Path(folder, INDEX).write_bytes(to_json(index))
+
+
+def header(shard: list[Part], stored: str, itemsize: int) -> bytes:
+    """The header of a safetensors file: its length, then JSON padded to 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for part in shard:
+        start, end = end, end + int(np.prod(part.shape)) * itemsize
+        entries[part.name] = {"dtype": stored, "shape": list(part.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def gathered(named: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under Hugging Face's names on the CPU, gathered from all ranks where they are sharded."""
+    params = dict(named)
+    whole, held = "", torch.empty(0)
+    for part in parts(config):
+        if part.ours != whole:
+            whole, held = part.ours, gather(params[part.ours].detach()).cpu()
+        yield part.name, held[part.start : part.start + part.shape[0]]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded over ranks (all of which call this), or the tensor itself."""
+    if hasattr(tensor, "device_mesh"):
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(tensor, DTensor)
+        return tensor.full_tensor()
+    return tensor
