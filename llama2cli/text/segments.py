@@ -26,9 +26,7 @@ cut = re.compile(r"[ \n]*[^ \n]+|[ \n]+").findall
 
 def cuttable(spec: Spec) -> bool:
     """Whether every text may be cut before a run of spaces and around newlines without changing its ids."""
-    plain = spec.escape_whitespaces and not (
-        spec.charsmap or spec.remove_extra_whitespaces or spec.whitespace_as_suffix
-    )
+    changed = spec.charsmap or spec.remove_extra_whitespaces or spec.whitespace_as_suffix or not spec.escape_whitespaces
     mergeable = [p.text for p in spec.pieces if p.kind in (NORMAL, UNUSED)]
     return (
         spec.model_type == BPE

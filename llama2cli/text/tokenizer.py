@@ -214,7 +214,7 @@ def train(
     """
     if vocab_size < FLOOR:
         raise Misuse(
-            f"at least {FLOOR} are needed: 3 control pieces, 256 bytes and the space; got {vocab_size}", "--vocab-size"
+            f"expected at least {FLOOR} (3 control pieces, 256 bytes, the space), got {vocab_size}", "--vocab-size"
         )
     counts = count_words(texts, sample=sample, seed=seed)
     if not counts:
