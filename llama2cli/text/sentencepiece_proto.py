@@ -130,11 +130,6 @@ def read(proto: bytes) -> Spec:
     )
 
 
-def without_dummy_prefix(proto: bytes) -> bytes:
-    """The same model, but no space is put before a text: a second normalizer_spec overrides the first."""
-    return proto + b"\x1a\x02\x18\x00"
-
-
 def _number(value: int) -> bytes:
     out = bytearray()
     while value >= 0x80:
@@ -147,12 +142,16 @@ def _message(number: int, body: bytes) -> bytes:
     return _number(number << 3 | 2) + _number(len(body)) + body
 
 
-def keep(proto: bytes, ids: list[int]) -> bytes:
-    """The same model with only these pieces, in this order; the vocabulary size it states follows."""
-    top = list(fields(proto))
-    pieces = [v for n, v in top if n == 1 and isinstance(v, bytes)]
-    size = _number(4 << 3) + _number(len(ids))
-    others = [(n, v) for n, v in top if n != 1 and isinstance(v, bytes)]
-    return b"".join(_message(1, pieces[i]) for i in ids) + b"".join(
-        _message(n, v + size if n == 2 else v) for n, v in others
-    )
+def edit(proto: bytes, *, keep: list[int] | None = None, dummy_prefix: bool | None = None) -> bytes:
+    """The same model with only the pieces `keep`, in that order, or with another add_dummy_prefix.
+
+    A field given again at the end of a message replaces the one before; every model of ours and Meta's has both specs.
+    """
+    top = [(n, v) for n, v in fields(proto) if isinstance(v, bytes)]
+    pieces = [v for n, v in top if n == 1]
+    pieces = pieces if keep is None else [pieces[i] for i in keep]
+    size = _number(4 << 3) + _number(len(pieces))
+    prefix = b"" if dummy_prefix is None else _number(3 << 3) + _number(dummy_prefix)
+    last = {2: b"" if keep is None else size, 3: prefix}
+    others = (_message(n, v + last.get(n, b"")) for n, v in top if n != 1)
+    return b"".join([*(_message(1, p) for p in pieces), *others])

@@ -16,7 +16,7 @@ import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,8 @@ class Tokenizer:
         self._cache: SegmentCache | None = None
         joint = separator(self.spec)
         if joint is not None and cuttable(self.spec):
-            self._cache = SegmentCache(processor(sp_proto.without_dummy_prefix(proto), name).encode, joint, self.code)
+            bare = processor(sp_proto.edit(proto, dummy_prefix=False), name)
+            self._cache = SegmentCache(bare.encode, joint, self.code)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -181,7 +182,7 @@ _words = re.compile(r" *[^ \n\t\0\u2585]+| +").findall
 
 
 def count_words(texts: Iterable[str], *, sample: float = 1.0, seed: int = 0) -> Counter[str]:
-    """How often each word stands in the texts; each line begins with a space, as a text does when it is encoded.
+    """How often each word stands in the texts, as they will be encoded: with a space before the first line only.
 
     sample: the share of lines that is looked at. The rarest words are dropped where there are more than MAX_WORDS.
     """
@@ -189,9 +190,9 @@ def count_words(texts: Iterable[str], *, sample: float = 1.0, seed: int = 0) -> 
     draw = random.Random(seed).random
     floor = 0
     for text in texts:
-        for line in text.replace(MARK, " ").split("\n"):
+        for line in (" " + text.replace(MARK, " ")).split("\n"):
             if line and (sample >= 1 or draw() < sample):
-                counts.update(_words(" " + line))
+                counts.update(_words(line))
         if len(counts) > MAX_WORDS:
             while len(counts) > MAX_WORDS // 2:
                 floor += 1
@@ -229,21 +230,16 @@ def train(
     if FIXED + len(alphabet) <= vocab_size:
         return _train(counts, vocab_size, character_coverage)
     alphabet.sort(key=lambda i: pieces[i].text != MARK)
-    return sp_proto.keep(proto, [*range(FIXED), *sorted(alphabet[: vocab_size - FIXED])])
+    return sp_proto.edit(proto, keep=[*range(FIXED), *sorted(alphabet[: vocab_size - FIXED])])
 
 
 def _train(counts: Counter[str], vocab_size: int, character_coverage: float) -> bytes:
     import sentencepiece
 
-    def rows() -> Iterator[str]:
-        for word, n in counts.items():
-            for at in range(0, len(word), MAX_WORD):
-                part = word[at : at + MAX_WORD]
-                yield f"{part[1:] if at == 0 and part[0] == ' ' else part}\t{n}"
-
+    rows = (f"{word[at : at + MAX_WORD]}\t{n}" for word, n in counts.items() for at in range(0, len(word), MAX_WORD))
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=rows(),
+        sentence_iterator=rows,
         model_writer=out,
         input_format="tsv",
         model_type="bpe",
@@ -256,7 +252,7 @@ def _train(counts: Counter[str], vocab_size: int, character_coverage: float) -> 
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
-        add_dummy_prefix=True,
+        add_dummy_prefix=False,  # the words have their spaces already; set right below
         max_sentence_length=1 << 20,
         unk_id=UNK,
         bos_id=BOS,
@@ -265,4 +261,4 @@ def _train(counts: Counter[str], vocab_size: int, character_coverage: float) -> 
         num_threads=1,  # it stands in the model's bytes
         minloglevel=2,
     )
-    return out.getvalue()
+    return sp_proto.edit(out.getvalue(), dummy_prefix=True)
