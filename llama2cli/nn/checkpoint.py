@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from llama2cli.text.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -43,7 +45,7 @@ def parts(config: ModelConfig) -> list[Part]:
     """All tensors of a Hugging Face folder, in our order; consecutive ones make a fused parameter."""
     D, width, V = config.hidden_size, config.intermediate_size, config.vocab_size
     kv = config.num_key_value_heads * config.head_dim
-    out = [Part("model.embed_tokens.weight", "embed", 0, (V, D))]
+    out = [Part(EMBED, "embed", 0, (V, D))]
     for i in range(config.num_hidden_layers):
         theirs, ours = f"model.layers.{i}.", f"layers.{i}."
         out += [
@@ -59,7 +61,7 @@ def parts(config: ModelConfig) -> list[Part]:
         ]
     out.append(Part("model.norm.weight", "norm", 0, (D,)))
     if not config.tie_word_embeddings:
-        out.append(Part("lm_head.weight", "head", 0, (V, D)))
+        out.append(Part(HEAD, "head", 0, (V, D)))
     return out
 
 
@@ -92,9 +94,9 @@ def load_model(folder: str | Path, *, dtype: str | torch.dtype = "fp32", device:
     config = load_config(folder)
     with torch.device("meta"):
         model = Llama(config)
-    stored = find_tensors(Path(folder), config)
+    files = find_tensors(Path(folder), config)
     model.to(DTYPES[dtype] if isinstance(dtype, str) else dtype).to_empty(device=device)
-    read_into(model, stored, config)
+    read_into(model, files, config)
     return model
 
 
@@ -109,13 +111,6 @@ def load_into(model: Llama, folder: str | Path) -> None:
         if ours != theirs and key != "max_position_embeddings":
             raise DataError(f"is {theirs}, the model being loaded has {ours}", Path(folder, "config.json"), key)
     read_into(model, find_tensors(Path(folder), config), config)
-
-
-class Stored(NamedTuple):
-    """Where a tensor of a folder lies."""
-
-    path: Path
-    dtype: str
 
 
 def tensor_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -147,13 +142,15 @@ def tensor_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def find_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """Where each tensor of the model lies in a folder, names, shapes and types checked, no value read.
+def find_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
+    """The file that holds each tensor of the model, by name; shapes and types are checked, no value is read.
 
     Raises DataError for a missing or unexpected tensor, a wrong shape or type, a file that disagrees with the index.
     """
     wanted = {p.name: p.shape for p in parts(config)}
-    found: dict[str, Stored] = {}
+    if config.tie_word_embeddings:
+        wanted[HEAD] = wanted[EMBED]
+    found: dict[str, Path] = {}
     for path, listed in tensor_files(folder).items():
         header = tensorfile.read_header(path)
         if listed is not None and listed != set(header):
@@ -162,8 +159,6 @@ def find_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
         for name, info in header.items():
             if name.endswith("rotary_emb.inv_freq"):  # a constant that old versions of transformers saved
                 continue
-            if name == "lm_head.weight" and config.tie_word_embeddings:  # the same table, saved twice
-                continue
             if name not in wanted:
                 raise DataError(f"{name!r} is not a tensor of Llama 2{did_you_mean(name, wanted)}", path)
             if tuple(info.shape) != wanted[name]:
@@ -171,36 +166,49 @@ def find_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
                 raise DataError(f"{by}, got {list(info.shape)}", path, name)
             if info.dtype not in STORED:
                 raise DataError(f"expected fp32, fp16 or bf16 (F32, F16, BF16), got {info.dtype}", path, name)
-            found[name] = Stored(path, info.dtype)
-    missing = [name for name in wanted if name not in found]
+            found[name] = path
+    missing = [name for name in wanted if name not in found and not (name == HEAD and config.tie_word_embeddings)]
     if missing:
         more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
         raise DataError(f"tensor {missing[0]!r}{more}", folder)
     return found
 
 
-def read_tensor(stored: Stored, name: str) -> Tensor:
-    """A tensor of a file, mapped, in its stored type. Raises DataError where values are not finite."""
-    array = tensorfile.open_array(stored.path, name)
-    tensor = torch.from_numpy(np.asarray(array))
-    if tensor.dtype != STORED[stored.dtype]:
-        tensor = tensor.view(STORED[stored.dtype])
-    low, high = tensor.aminmax()  # one pass; either is NaN where any value is
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise DataError(f"{bad:,} of {tensor.numel():,} values are not finite", stored.path, name)
+def map_tensors(files: Mapping[str, Path]) -> dict[str, Tensor]:
+    """The tensors that `find_tensors` found, in their stored types, mapped: nothing is read before it is used."""
+    arrays = {path: tensorfile.open_arrays(path) for path in set(files.values())}
+    dtypes = {
+        path: {name: STORED[info.dtype] for name, info in tensorfile.read_header(path).items()} for path in arrays
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # and nobody writes to it
+        return {n: torch.from_numpy(arrays[path][n]).view(dtypes[path][n]) for n, path in files.items()}
+
+
+def check_finite(tensor: Tensor, *place: object) -> Tensor:
+    """The tensor. Raises DataError, with a count, where values are NaN or infinite."""
+    if tensor.numel():
+        low, high = tensor.aminmax()  # one pass without a temporary; both are NaN where any value is
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise DataError(f"{bad:,} of {tensor.numel():,} values are not finite", *place)
     return tensor
 
 
-def read_into(model: Llama, stored: Mapping[str, Stored], config: ModelConfig) -> None:
+def read_into(model: Llama, files: Mapping[str, Path], config: ModelConfig) -> None:
     """Fill a model's parameters, one at a time."""
+    tensors = map_tensors(files)
+    check_tied(tensors, files, config)
     params = dict(model.named_parameters())
-    joined: dict[str, list[str]] = {}
-    for p in parts(config):
-        joined.setdefault(p.ours, []).append(p.name)
-    for ours, names in joined.items():
-        tensors = [read_tensor(stored[n], n) for n in names]
-        fill(params[ours], tensors[0] if len(tensors) == 1 else torch.cat(tensors))
+    for ours, group in groupby(parts(config), key=lambda part: part.ours):
+        held = [check_finite(tensors[part.name], files[part.name], part.name) for part in group]
+        fill(params[ours], held[0] if len(held) == 1 else torch.cat(held))
+
+
+def check_tied(tensors: Mapping[str, Tensor], files: Mapping[str, Path], config: ModelConfig) -> None:
+    """Raise DataError where a tied model was saved with a head that is not its embedding."""
+    if config.tie_word_embeddings and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBED]):
+        raise DataError(f"differs from {EMBED}, but config.json has tie_word_embeddings", files[HEAD], HEAD)
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, place: object) -> None:
@@ -211,6 +219,16 @@ def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, place: object) ->
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
+
+# Temperature and top-p of Meta's reference example programs; `generate` takes its defaults from here.
+GENERATION = {
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.9,
+}
 
 
 def save_model(
@@ -225,20 +243,45 @@ def save_model(
 ) -> None:
     """Write a model as a Hugging Face folder into `folder`, which exists; the same model gives the same bytes.
 
-    A sharded model (FSDP2) is gathered parameter by parameter: every rank calls this, only one has `writes`. The caller
-    publishes the folder atomically (`text.folders.publish_folder`).
+    A sharded model (FSDP2) is gathered parameter by parameter: every rank calls this, only one has `writes`. Extra
+    files (name and content) replace ours of the same name. The caller publishes the folder (`folders.publish_folder`).
     """
-    folder = Path(folder)
-    if writes:
-        dtype = str(DTYPES[save_dtype]).removeprefix("torch.")
-        files = {"config.json": to_json(config_to_json(model.config, LM, dtype)), "generation_config.json": GENERATION}
-        for name, data in (files | dict(extra_files or {})).items():
-            Path(folder, name).write_bytes(data)
-        if tokenizer is not None:
-            from llama2cli.text.tokenizer_json import write_tokenizer_files
+    params = dict(model.named_parameters())
+    held: dict[str, Tensor] = {}
 
-            write_tokenizer_files(folder, tokenizer, context=model.config.max_position_embeddings)
-    write_weights(folder, model.named_parameters(), model.config, save_dtype, max_shard_bytes, writes)
+    def tensor_of(part: Part) -> Tensor:
+        if part.ours not in held:
+            held.clear()
+            held[part.ours] = gather(params[part.ours].detach())
+        return held[part.ours][part.start : part.start + part.shape[0]]
+
+    if writes:
+        write_folder(folder, model.config, tensor_of, tokenizer, save_dtype, max_shard_bytes, extra_files)
+    else:
+        for part in parts(model.config):
+            tensor_of(part)
+
+
+def write_folder(
+    folder: str | Path,
+    config: ModelConfig,
+    tensor_of: Callable[[Part], Tensor],
+    tokenizer: Tokenizer | None,
+    save_dtype: str = "fp32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a Hugging Face folder whose tensors are asked for one after another, in the order of `parts`."""
+    folder = Path(folder)
+    dtype = str(DTYPES[save_dtype]).removeprefix("torch.")
+    files = {"config.json": to_json(config_to_json(config, LM, dtype)), "generation_config.json": to_json(GENERATION)}
+    for name, data in (files | dict(extra_files or {})).items():
+        Path(folder, name).write_bytes(data)
+    if tokenizer is not None:
+        from llama2cli.text.tokenizer_json import write_tokenizer_files
+
+        write_tokenizer_files(folder, tokenizer, context=config.max_position_embeddings)
+    write_weights(folder, config, tensor_of, save_dtype, max_shard_bytes)
 
 
 def to_json(value: object) -> bytes:
@@ -246,18 +289,12 @@ def to_json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-# Temperature and top-p of Meta's reference example programs; `generate` takes its defaults from here.
-GENERATION = to_json(
-    {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
-)
-
-
 def plan_shards(config: ModelConfig, itemsize: int, max_shard_bytes: int) -> list[list[Part]]:
     """The tensors of each file: consecutive ones, as many as fit; at least one."""
     shards: list[list[Part]] = [[]]
     size = 0
     for part in parts(config):
-        bytes_ = int(np.prod(part.shape)) * itemsize
+        bytes_ = math.prod(part.shape) * itemsize
         if shards[-1] and size + bytes_ > max_shard_bytes:
             shards.append([])
             size = 0
@@ -267,38 +304,35 @@ def plan_shards(config: ModelConfig, itemsize: int, max_shard_bytes: int) -> lis
 
 
 def write_weights(
-    folder: Path,
-    named: Iterable[tuple[str, Tensor]],
-    config: ModelConfig,
-    save_dtype: str,
-    max_shard_bytes: int,
-    writes: bool = True,
+    folder: Path, config: ModelConfig, tensor_of: Callable[[Part], Tensor], save_dtype: str, max_shard_bytes: int
 ) -> None:
-    """Write parameters, in the order of `parts`, to one safetensors file or to shards with an index."""
+    """Write the tensors to one safetensors file, or to shards with an index."""
     dtype = DTYPES[save_dtype]
     stored = next(k for k, v in STORED.items() if v == dtype)
     shards = plan_shards(config, dtype.itemsize, max_shard_bytes)
     many = len(shards) > 1
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if many else SINGLE for i in range(len(shards))]
-    tensors = gathered(named, config)
     for file, shard in zip(files, shards):
-        if not writes:
-            for _ in shard:
-                next(tensors)
-            continue
         with Path(folder, file).open("wb") as f:
             f.write(header(shard, stored, dtype.itemsize))
             for part in shard:
-                name, tensor = next(tensors)
-                assert (name, tuple(tensor.shape)) == (part.name, part.shape), (name, part)
-                f.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
-            f.flush()
-            os.fsync(f.fileno())
-    if many and writes:
+                f.write(raw_bytes(tensor_of(part), dtype, part.shape, part.name))
+    if many:
         weight_map = {part.name: file for file, shard in zip(files, shards) for part in shard}
-        total = sum(int(np.prod(p.shape)) for p in parts(config)) * dtype.itemsize
+        total = sum(math.prod(part.shape) for part in parts(config)) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         Path(folder, INDEX).write_bytes(to_json(index))
+
+
+def raw_bytes(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], name: str) -> memoryview:
+    """The bytes of a tensor in another type. Raises DataError where a finite value becomes infinite (fp16)."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    rounded = tensor.detach().to("cpu", dtype).contiguous()
+    if dtype == torch.float16 and not torch.isfinite(rounded).all():
+        bad = int((~torch.isfinite(rounded)).sum())
+        raise DataError(f"{bad:,} values do not fit fp16; use --save-dtype bf16 or fp32", name)
+    return rounded.view(-1).view(torch.uint8).numpy().data
 
 
 def header(shard: list[Part], stored: str, itemsize: int) -> bytes:
@@ -306,21 +340,11 @@ def header(shard: list[Part], stored: str, itemsize: int) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for part in shard:
-        start, end = end, end + int(np.prod(part.shape)) * itemsize
+        start, end = end, end + math.prod(part.shape) * itemsize
         entries[part.name] = {"dtype": stored, "shape": list(part.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def gathered(named: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Tensors under Hugging Face's names on the CPU, gathered from all ranks where they are sharded."""
-    params = dict(named)
-    whole, held = "", torch.empty(0)
-    for part in parts(config):
-        if part.ours != whole:
-            whole, held = part.ours, gather(params[part.ours].detach()).cpu()
-        yield part.name, held[part.start : part.start + part.shape[0]]
 
 
 def gather(tensor: Tensor) -> Tensor:
