@@ -182,26 +182,28 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def activation_elements_per_token(config: ModelConfig) -> int:
-    """Numbers that one layer keeps of one token for its backward pass: 4 D + 2 H K + 2 G K + 3 F.
+def activation_bytes_per_token(config: ModelConfig, compute_bytes: int = 2) -> int:
+    """Bytes that one layer keeps of one token for its backward pass.
 
-    After Korthikanti et al. 2022 (section 4.1), counted anew for this layer: no dropout, no score matrix (flash
-    attention), SwiGLU. Kept are the inputs of both norms and of the qkv and gate-up products (4 D), the rotated q, k
-    and v and the attention's output (2 H K + 2 G K), gate, up and their product (3 F).
+    The count of Korthikanti et al. 2022 (section 4.1), made anew for what this model's plain operations keep. With c
+    bytes a number: each of two norms its fp32 input, the same normed, and the product with its gain (8 D + c D);
+    attention the rotated q and k, the qkv that v is a part of, its output (c (3 H K + 3 G K)) and a sum per head (4 H);
+    SwiGLU gate and up, silu of the gate, the product (4 c F). No dropout, no score matrix (flash attention).
     """
-    attention = 2 * attention_width(config) + 2 * key_value_width(config)
-    return 4 * config.hidden_size + attention + 3 * config.intermediate_size
+    norms = 2 * ((8 + compute_bytes) * config.hidden_size + 4)
+    attention = 3 * compute_bytes * (attention_width(config) + key_value_width(config)) + 4 * config.num_attention_heads
+    return norms + attention + 4 * compute_bytes * config.intermediate_size
 
 
-def activation_bytes(config: ModelConfig, tokens: int, *, checkpointing: bool, compute_bytes: int = 2) -> float:
+def activation_bytes(config: ModelConfig, tokens: int, *, checkpointing: bool, compute_bytes: int = 2) -> int:
     """Bytes kept between forward and backward for so many tokens in all layers.
 
-    checkpointing: each layer keeps its input only; one layer at a time has all of its own, made again.
+    checkpointing: each layer keeps its input only (fp32); one layer at a time has all of its own, made again.
     """
-    layer = tokens * activation_elements_per_token(config) * compute_bytes
+    layer = tokens * activation_bytes_per_token(config, compute_bytes)
     if not checkpointing:
         return config.num_hidden_layers * layer
-    return config.num_hidden_layers * tokens * config.hidden_size * compute_bytes + layer
+    return config.num_hidden_layers * tokens * config.hidden_size * 4 + layer
 
 
 def memory_per_gpu(

@@ -1,0 +1,142 @@
+"""Help answers at once and truthfully: no heavy import, an example at its end, and every flag of the example exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import typer
+
+from llama2cli import cli
+
+HEAVY = ["torch", "transformers", "numpy", "triton", "sentencepiece", "rich", "hypothesis"]
+CHILD = """
+import json, sys
+from llama2cli import cli
+code = cli.invoke(json.loads(sys.argv[1]))
+print("\\n" + json.dumps([code, sorted(set(json.loads(sys.argv[2])) & set(sys.modules))]))
+"""
+
+
+def ask(*args: str) -> tuple[str, int, list[str]]:
+    """Run a command line in a fresh interpreter: its stdout, its exit code, the heavy modules it had loaded."""
+    command = [sys.executable, "-c", CHILD, json.dumps(args), json.dumps(HEAVY)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    text, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    code, loaded = json.loads(last)
+    return text, code, loaded
+
+
+def examples(doc: str) -> list[str]:
+    """The command lines under the `Example:` that ends a docstring; empty when it does not end with one."""
+    text = inspect.cleandoc(doc).replace("\\\n", " ")
+    _, mark, tail = text.rpartition("\nExample:\n")
+    lines = tail.splitlines()
+    return [line.strip() for line in lines] if mark and lines and all(line.startswith("  ") for line in lines) else []
+
+
+def ours(line: str) -> list[list[str]]:
+    """The arguments of each `llama2 ...` in a shell line with pipes."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
+    lexer.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    redirect = False
+    for word in lexer:
+        if set(word) <= set("|&;()"):
+            commands.append([])
+        elif set(word) <= set("<>"):
+            redirect = True
+        elif redirect:
+            redirect = False
+        else:
+            commands[-1].append(word)
+    return [c[1:] for c in commands if c and c[0] == "llama2"]
+
+
+def parses(args: list[str]) -> Any:
+    """The settings that a command line gives, without running it. Raises what the command line would report."""
+    got: list[Any] = []
+    app = cli.build(args[0], args, got.append)
+    typer.main.get_command(app)(list(args), prog_name="llama2", standalone_mode=False)
+    return got[0]
+
+
+def test_top_help_names_every_command() -> None:
+    """`llama2 --help` lists the table of commands and loads nothing heavy."""
+    text, code, loaded = ask("--help")
+    assert code == 0 and loaded == []
+    assert all(any(line.split()[:1] == [command] for line in text.splitlines()) for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_light_and_ends_with_an_example(command: str) -> None:
+    """`llama2 X --help` exits 0 without torch, transformers or numpy, and shows every flag and the example."""
+    text, code, loaded = ask(command, "--help")
+    assert code == 0
+    assert loaded == []
+    settings = cli.stage(command).Settings
+    lines = examples(settings.__doc__ or "")
+    assert lines, "the docstring of Settings does not end with `Example:` and indented lines"
+    for line in lines:
+        assert line in [shown.strip() for shown in text.splitlines()], f"the help does not show: {line}"
+    for field in dataclasses.fields(settings):
+        assert field.metadata["positional"] or cli.long_flag(field) in text, field.name
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_example_is_accepted(command: str) -> None:
+    """The example's own command line parses: its flags exist, its values have the right type."""
+    found = [args for line in examples(cli.stage(command).Settings.__doc__ or "") for args in ours(line)]
+    assert any(args[0] == command for args in found), f"no example of {command} itself"
+    for args in found:
+        parses(args)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_flag_is_explained(command: str) -> None:
+    """Each field has a line of help, in lower case and without a full stop, like the others."""
+    for field in dataclasses.fields(cli.stage(command).Settings):
+        help = field.metadata["help"]
+        assert help and not help.endswith("."), field.name
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_misspelt_flag_gets_a_suggestion(command: str) -> None:
+    """One line, exit code 2, and the flag that was meant."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llama2cli", command, "--sede", "1"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "--seed" in done.stderr
+
+
+def test_an_example_with_a_lost_flag_is_found() -> None:
+    """The check of examples fails on a flag, a value or a command that does not exist."""
+    assert parses(["plan", "7b", "--gpus", "8"]).gpus == 8
+    for line in ("llama2 plan 7b --gpuz 8", "llama2 plan 7b --gpus many", "cat x | llama2 plan --nothing"):
+        with pytest.raises((typer.TyperException, SystemExit)):
+            parses(ours(line)[0])
+
+
+def test_a_docstring_without_example_is_found() -> None:
+    """The example must be the end, and indented."""
+    assert examples("What it does.\n\nExample:\n  llama2 plan 7b | jq .\n") == ["llama2 plan 7b | jq ."]
+    assert examples("What it does.") == []
+    assert examples("What it does.\n\nExample:\n  llama2 plan\n\nMore words.") == []
+
+
+def test_a_heavy_import_is_found() -> None:
+    """The child reports what it loaded: numpy, when it is imported before."""
+    code = CHILD.replace("import json, sys", "import json, sys, numpy")
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(["--help"]), json.dumps(HEAVY)], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1])[1] == ["numpy"]
