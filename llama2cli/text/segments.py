@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from llama2cli.text.sentencepiece_proto import BPE, CONTROL, NORMAL, UNUSED, USER_DEFINED, Spec
+from llama2cli.text.sentencepiece_proto import BPE, NORMAL, UNUSED, USER_DEFINED, Spec
 
 MARK = "\u2581"  # SentencePiece's space
-MAX_ENTRIES = 1 << 19  # about 110 MB of cache, then it starts again
-MAX_CHARS = 1 << 24  # keys of text without spaces are long
-GROUP = 64  # unseen segments that are encoded in one call
-BLOCK = 1 << 18  # characters that are cut into segments at once
+RUN = "\1"  # stands for a second, third... space of a run; a part that holds it goes to SentencePiece whole
+MAX_ENTRIES = 1 << 19  # about 110 MB, then the cache begins again
+MAX_CHARS = 1 << 24  # of all keys: words are long where a language writes no spaces
+BLOCK = 1 << 14  # characters cut into segments at once: they stay in the processor's cache
+PENDING_SEGMENTS, PENDING_CHARS = 1 << 12, 1 << 20  # what is held back until its unseen segments are encoded together
 
-cut = re.compile(r"[ \n]*[^ \n]+|[ \n]+").findall
+later = re.compile(r"\n|(?<! ) ").search
 
 
 def cuttable(spec: Spec) -> bool:
@@ -38,41 +39,45 @@ def cuttable(spec: Spec) -> bool:
     )
 
 
-def separator(spec: Spec) -> tuple[str, int] | None:
-    """A control character that no piece holds, and the id of its byte: it joins unseen segments in one call."""
-    ids = {p.text: i for i, p in enumerate(spec.pieces)}
-    texts = "".join(p.text for p in spec.pieces if p.kind != CONTROL)
-    for code in range(32):
-        if chr(code) not in texts and chr(code) != "\n" and f"<0x{code:02X}>" in ids:
-            return chr(code), ids[f"<0x{code:02X}>"]
-    return None
-
-
 def blocks(text: str, size: int = BLOCK) -> Iterator[str]:
-    """Cut a long text at newlines, or before spaces, into parts of about `size` characters whose ids join exactly."""
+    """Cut a text before newlines, or before runs of spaces, into parts of about `size` characters.
+
+    The parts join to the text, and every part but the first begins with a newline or a space.
+    """
     start = 0
     while len(text) - start > size:
         at = text.rfind("\n", start + 1, start + size)
         if at < 0:
             at = text.rfind(" ", start + 1, start + size)
-            while at > start and text[at - 1] == " ":
-                at -= 1
-        if at <= start:  # one enormous word
-            found = [i for i in (text.find("\n", start + size), text.find(" ", start + size)) if i >= 0]
-            if not found:
-                break
-            at = min(found)
-            while at > start and text[at - 1] == " ":
-                at -= 1
-        if at <= start:
-            break
+            at = start + len(text[start:at].rstrip(" ")) if at > 0 else at
+        if at <= start:  # one long word, or one long run of spaces
+            found = later(text, start + size)
+            at = found.start() if found else len(text)
         yield text[start:at]
         start = at
-    yield text[start:]
+    if start < len(text):
+        yield text[start:]
+
+
+def segments(part: str) -> list[str]:
+    """Cut a part that begins with a space or a newline. A segment "word" stands for " word", "\\nword" for itself.
+
+    Newlines get a space before them, and the spaces of a run after its first become RUN; then one `split` does it.
+    """
+    if "  " in part:
+        part = part.replace("  ", " " + RUN).replace(RUN + " ", RUN + RUN)
+    found = part.replace("\n", " \n").split(" ")
+    del found[0]
+    return found
+
+
+def literal(segment: str) -> str:
+    """The text that a segment stands for."""
+    return (segment if segment[:1] == "\n" else " " + segment).replace(RUN, " ")
 
 
 class _Words(dict[str, bytes]):
-    """segment -> packed ids; an unseen one is noted and counts as nothing, until the whole batch is encoded."""
+    """segment -> packed ids; an unseen one is noted, and counts as nothing until it is encoded with the others."""
 
     def __init__(self) -> None:
         self.unseen: list[str] = []
@@ -83,65 +88,73 @@ class _Words(dict[str, bytes]):
 
 
 class SegmentCache:
-    """Packed ids of texts. `encode` is SentencePiece without the dummy prefix, over a list of strings."""
+    """Packed ids of texts, as native-endian integers of `code` ("H" or "I").
 
-    def __init__(self, encode: Callable[[list[str]], list[list[int]]], separator: tuple[str, int], code: str) -> None:
+    encode: SentencePiece without the dummy prefix, from a list of strings to a list of lists of ids.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], list[list[int]]], code: str) -> None:
         self.encode, self.code = encode, code
-        self.separator, self.separator_id = separator
-        self.after_space = _Words()  # "word" stands for " word", "\nword" for itself
-        self.literal = _Words()
+        self.words = _Words()
         self.chars = 0
+        self.pending: list[tuple[list[bytes], int, list[str]]] = []  # (parts, which of them, its segments)
 
-    def pack(self, texts: Iterable[str]) -> list[bytes]:
-        """Ids of each text as native-endian integers of `code` ("H" or "I")."""
-        return [b"".join(self._text(text)) if text else b"" for text in texts]
+    def pack(self, texts: Sequence[str]) -> list[bytes]:
+        """The packed ids of each text."""
+        out: list[list[bytes]] = []
+        held = 0
+        for text in texts:
+            parts: list[bytes] = []
+            out.append(parts)
+            if not text:
+                continue
+            text = " " + (text.replace(MARK, " ") if MARK in text else text)
+            for part in blocks(text):
+                held += self._part(part, parts)
+                if held > PENDING_CHARS or len(self.words.unseen) > PENDING_SEGMENTS:
+                    self._settle()
+                    held = 0
+        self._settle()
+        return [b"".join(parts) for parts in out]
 
-    def _text(self, text: str) -> Iterator[bytes]:
-        if MARK in text:
-            text = text.replace(MARK, " ")
-        for i, part in enumerate(blocks(text)):
-            yield self._part(part, first=i == 0)
+    def _part(self, part: str, parts: list[bytes]) -> int:
+        """Append a part's ids; return the characters held back because some of its segments are unseen."""
+        if RUN in part:
+            parts.append(self._packed([part])[0])
+            return 0
+        words, cut = self.words, segments(part)
+        before = len(words.unseen)
+        parts.append(b"".join(map(words.__getitem__, cut)))
+        if len(words.unseen) == before:
+            return 0
+        self.pending.append((parts, len(parts) - 1, cut))
+        return len(part)
 
-    def _part(self, part: str, first: bool) -> bytes:
-        """A part that is not the first begins with a space or a newline; the first gets the dummy prefix."""
-        if "  " not in part and not (first and part[0] == " "):
-            words, segments = self.after_space, part.replace("\n", " \n").split(" ")
-            if not first:
-                del segments[0]  # empty: what stands before the first space
-        else:
-            words, segments = self.literal, cut(" " + part if first else part)
-        packed = b"".join(map(words.__getitem__, segments))
-        while words.unseen:  # once, or twice where the cache was full
-            self._learn(words)
-            packed = b"".join(map(words.__getitem__, segments))
-        return packed
-
-    def _learn(self, words: _Words) -> None:
-        """Encode what was unseen, many segments in one string: SentencePiece's cost is by call more than by byte."""
-        new = list(dict.fromkeys(words.unseen))
-        words.unseen.clear()
-        texts = [s if words is self.literal or s[:1] == "\n" else " " + s for s in new]
-        size = sum(map(len, texts))
-        if len(self.literal) + len(self.after_space) + len(new) > MAX_ENTRIES or self.chars + size > MAX_CHARS:
-            self.literal.clear()
-            self.after_space.clear()
+    def _settle(self) -> None:
+        """Encode the unseen segments in one call, then join what waited for them."""
+        words = self.words
+        if len(words) + len(words.unseen) > MAX_ENTRIES or self.chars > MAX_CHARS:
+            words.clear()
             self.chars = 0
-        self.chars += size
-        alone = [i for i, t in enumerate(texts) if self.separator in t]
-        together = [i for i, t in enumerate(texts) if self.separator not in t]
-        for i, ids in zip(alone, self.encode([texts[i] for i in alone])):
-            words[new[i]] = array(self.code, ids).tobytes()
-        groups = [together[i : i + GROUP] for i in range(0, len(together), GROUP)]
-        joined = self.encode([self.separator.join(texts[i] for i in g) for g in groups])
-        for group, ids in zip(groups, joined):
-            ids.append(self.separator_id)
-            at = 0
-            for i in group:
-                end = ids.index(self.separator_id, at)
-                words[new[i]] = array(self.code, ids[at:end]).tobytes()
-                at = end + 1
+        self._learn()
+        for parts, which, cut in self.pending:
+            parts[which] = b"".join(map(words.__getitem__, cut))
+            if words.unseen:  # they went when the cache was emptied
+                self._learn()
+                parts[which] = b"".join(map(words.__getitem__, cut))
+        self.pending.clear()
+
+    def _learn(self) -> None:
+        new = list(dict.fromkeys(self.words.unseen))
+        self.words.unseen.clear()
+        if new:
+            self.chars += sum(map(len, new))
+            self.words.update(zip(new, self._packed([literal(s) for s in new])))
+
+    def _packed(self, texts: list[str]) -> list[bytes]:
+        return [array(self.code, ids).tobytes() for ids in self.encode(texts)]
 
 
-def unpack(packed: bytes, code: str) -> Sequence[int]:
+def unpack(packed: bytes, code: str) -> list[int]:
     """The ids of one packed text."""
     return memoryview(packed).cast(code).tolist()

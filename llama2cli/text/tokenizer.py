@@ -17,13 +17,14 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse
 from llama2cli.text import sentencepiece_proto as sp_proto
-from llama2cli.text.segments import MARK, SegmentCache, cuttable, separator, unpack
+from llama2cli.text.segments import MARK, SegmentCache, cuttable, unpack
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -51,10 +52,9 @@ class Tokenizer:
         self._sp = processor(proto, name)
         self._ids = {piece.text: i for i, piece in enumerate(self.spec.pieces)}
         self._cache: SegmentCache | None = None
-        joint = separator(self.spec)
-        if joint is not None and cuttable(self.spec):
+        if cuttable(self.spec):
             bare = processor(sp_proto.edit(proto, dummy_prefix=False), name)
-            self._cache = SegmentCache(bare.encode, joint, self.code)
+            self._cache = SegmentCache(partial(bare.encode, num_threads=1), self.code)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -75,7 +75,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS."""
-        return list(unpack(self.pack([text])[0], self.code))
+        return unpack(self.pack([text])[0], self.code)
 
     def pack(self, texts: list[str]) -> list[bytes]:
         """Ids of each text as native-endian unsigned integers: 2 bytes each where the vocabulary fits, else 4."""
