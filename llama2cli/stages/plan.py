@@ -53,7 +53,7 @@ class Settings(Base):
 def run(settings: Settings) -> None:
     """Plan each size: one record per size to `out`, one table for all to stderr."""
     from llama2cli.nn.config import preset
-    from llama2cli.text.streams import Output
+    from llama2cli.text.output import Output
 
     names = [*settings.models, *([settings.preset] if settings.preset else [])] or list(budget.TABLE_2)
     configs = {name: preset(name) for name in names}
@@ -101,6 +101,20 @@ def machine(settings: Settings) -> budget.GPU:
     )
 
 
+def this_cpu(settings: Settings) -> budget.GPU:
+    """This machine as a GPU: its memory, the peak that it reaches in fp32 now, the power that training assumes."""
+    import os
+
+    import torch
+
+    from llama2cli.training import meter
+
+    cpu = torch.device("cpu")
+    peak, _ = meter.peak_flops(cpu, torch.float32, settings.peak)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return budget.GPU(peak=peak, watts=meter.power(cpu, settings.watts), memory=memory)
+
+
 def plan(name: str, config: ModelConfig, gpu: budget.GPU, settings: Settings) -> dict[str, Any]:
     """The record of one size: what it is, what a step holds, what the run costs."""
     cpu = settings.gpu.lower() == "cpu"
@@ -114,8 +128,8 @@ def plan(name: str, config: ModelConfig, gpu: budget.GPU, settings: Settings) ->
     batch = accumulate * portion
     if not 0.8 <= batch / asked <= 1.25:
         console.warn(
-            f"{name}: {gpus:,} GPUs with {settings.micro_batch * context:,} tokens each make a batch of {batch:,} tokens,"
-            f" not {asked:,}; give fewer GPUs or another --batch-size"
+            f"{name}: {gpus:,} GPUs with {settings.micro_batch * context:,} tokens each make a batch of"
+            f" {batch:,} tokens, not {asked:,}; give fewer GPUs or another --batch-size"
         )
 
     # 2. memory: plain when that fits, else with activation checkpointing
@@ -243,11 +257,3 @@ def show(records: list[dict[str, Any]], settings: Settings) -> None:
 def sharded(record: dict[str, Any]) -> int:
     """Bytes of a record's weights, gradients and moments."""
     return sum(record["memory"][part] for part in ("parameters", "gradients", "optimizer"))
-
-
-def this_cpu(settings: Settings) -> budget.GPU:
-    """This machine's processor as a GPU: its memory, its peak measured now; its power is not known."""
-    import os
-
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return budget.GPU(peak=1.0, watts=None, memory=memory)
