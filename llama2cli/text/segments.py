@@ -12,9 +12,11 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from llama2cli.text.sentencepiece_proto import BPE, NORMAL, UNUSED, USER_DEFINED, Spec
 
+Code = Literal["H", "I"]  # of an array: ids of 2 or of 4 bytes
 MARK = "\u2581"  # SentencePiece's space
 RUN = "\1"  # stands for a second, third... space of a run; a part that holds it goes to SentencePiece whole
 MAX_ENTRIES = 1 << 19  # about 110 MB, then the cache begins again
@@ -93,7 +95,7 @@ class SegmentCache:
     encode: SentencePiece without the dummy prefix, from a list of strings to a list of lists of ids.
     """
 
-    def __init__(self, encode: Callable[[list[str]], list[list[int]]], code: str) -> None:
+    def __init__(self, encode: Callable[[list[str]], list[list[int]]], code: Code) -> None:
         self.encode, self.code = encode, code
         self.words = _Words()
         self.chars = 0
@@ -155,6 +157,6 @@ class SegmentCache:
         return [array(self.code, ids).tobytes() for ids in self.encode(texts)]
 
 
-def unpack(packed: bytes, code: str) -> list[int]:
+def unpack(packed: bytes, code: Code) -> list[int]:
     """The ids of one packed text."""
     return memoryview(packed).cast(code).tolist()

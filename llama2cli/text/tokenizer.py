@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse
 from llama2cli.text import sentencepiece_proto as sp_proto
-from llama2cli.text.segments import MARK, SegmentCache, cuttable, unpack
+from llama2cli.text.segments import MARK, Code, SegmentCache, cuttable, unpack
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -48,7 +48,7 @@ class Tokenizer:
         self.vocab_size = len(self.spec.pieces)
         self.unk_id, self.bos_id, self.eos_id = UNK, BOS, EOS
         self.pad_id = self.spec.pad_id if 0 <= self.spec.pad_id < self.vocab_size else None
-        self.code = "H" if self.vocab_size <= 1 << 16 else "I"  # array code of packed ids
+        self.code: Code = "H" if self.vocab_size <= 1 << 16 else "I"
         self._sp = processor(proto, name)
         self._ids = {piece.text: i for i, piece in enumerate(self.spec.pieces)}
         self._cache: SegmentCache | None = None
