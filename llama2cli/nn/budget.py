@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from llama2cli.nn.config import ModelConfig
+from llama2cli.nn.config import ModelConfig
+from llama2cli.nn.config import n_params as n_params
 
 # --- parameters -----------------------------------------------------------------------------------------------------
 
@@ -31,11 +31,6 @@ class Parameters(NamedTuple):
     feed_forward: int
     norms: int
     head: int
-
-    @property
-    def total(self) -> int:
-        """All weights."""
-        return sum(self)
 
 
 def attention_width(config: ModelConfig) -> int:
@@ -58,11 +53,6 @@ def parameters(config: ModelConfig) -> Parameters:
         norms=(2 * depth + 1) * width,
         head=0 if config.tie_word_embeddings else config.vocab_size * width,
     )
-
-
-def n_params(config: ModelConfig) -> int:
-    """How many weights the model has; a tied head counts once."""
-    return parameters(config).total
 
 
 def n_matmul_params(config: ModelConfig) -> int:
