@@ -205,6 +205,15 @@ def read_into(model: Llama, files: Mapping[str, Path], config: ModelConfig) -> N
         fill(params[ours], held[0] if len(held) == 1 else torch.cat(held))
 
 
+def open_folder(folder: str | Path) -> tuple[ModelConfig, Callable[[Part], Tensor]]:
+    """The configuration of a folder and a function that gives each tensor, mapped, in its stored type, checked."""
+    config = load_config(folder)
+    files = find_tensors(Path(folder), config)
+    tensors = map_tensors(files)
+    check_tied(tensors, files, config)
+    return config, lambda part: check_finite(tensors[part.name], files[part.name], part.name)
+
+
 def check_tied(tensors: Mapping[str, Tensor], files: Mapping[str, Path], config: ModelConfig) -> None:
     """Raise DataError where a tied model was saved with a head that is not its embedding."""
     if config.tie_word_embeddings and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBED]):
@@ -271,11 +280,28 @@ def write_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a Hugging Face folder whose tensors are asked for one after another, in the order of `parts`."""
-    folder = Path(folder)
+    """Write a Hugging Face folder whose tensors are asked for one after another, in the order of `parts`.
+
+    Raises DataError where it cannot be written.
+    """
+    try:
+        _write_folder(Path(folder), config, tensor_of, tokenizer, save_dtype, max_shard_bytes, extra_files or {})
+    except OSError as e:
+        raise DataError(f"cannot be written ({e.strerror})", folder) from None
+
+
+def _write_folder(
+    folder: Path,
+    config: ModelConfig,
+    tensor_of: Callable[[Part], Tensor],
+    tokenizer: Tokenizer | None,
+    save_dtype: str,
+    max_shard_bytes: int,
+    extra_files: Mapping[str, bytes],
+) -> None:
     dtype = str(DTYPES[save_dtype]).removeprefix("torch.")
     files = {"config.json": to_json(config_to_json(config, LM, dtype)), "generation_config.json": to_json(GENERATION)}
-    for name, data in (files | dict(extra_files or {})).items():
+    for name, data in (files | dict(extra_files)).items():
         Path(folder, name).write_bytes(data)
     if tokenizer is not None:
         from llama2cli.text.tokenizer_json import write_tokenizer_files

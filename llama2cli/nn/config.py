@@ -77,8 +77,8 @@ def preset(name: str, *, vocab_size: int | None = None, context: int | None = No
 
     Raises Misuse for an unknown name, DataError for a file that is not a Llama 2 configuration.
     """
-    if name in PRESETS:
-        config = PRESETS[name]
+    if name.lower() in PRESETS:
+        config = PRESETS[name.lower()]
     elif name.endswith(".json") or Path(name).exists():
         config = read_config(Path(name, "config.json") if Path(name).is_dir() else Path(name))
     else:
@@ -155,26 +155,21 @@ def config_from_json(data: Mapping[str, Any], place: str, architecture: str | No
     """
     refuse_foreign(data, place, architecture)
 
-    def whole(key: str, default: int | None = None) -> int:
-        value = default if data.get(key) is None else data[key]
-        if value is None:
-            raise DataError(f"is missing{did_you_mean(key, data)}", place, key)
-        if type(value) is not int or not 1 <= value <= LIMITS[key]:
-            raise DataError(f"expected a whole number from 1 to {LIMITS[key]:,}, got {shown(value)}", place, key)
-        return value
+    def size(key: str, default: int | None = None) -> int:
+        return whole(data, key, default, LIMITS[key], place)
 
-    heads = whole("num_attention_heads")
+    heads = size("num_attention_heads")
     tied = False if data.get("tie_word_embeddings") is None else data["tie_word_embeddings"]
     if type(tied) is not bool:
         raise DataError(f"expected true or false, got {shown(tied)}", place, "tie_word_embeddings")
     config = ModelConfig(
-        vocab_size=whole("vocab_size"),
-        hidden_size=whole("hidden_size"),
-        intermediate_size=whole("intermediate_size"),
-        num_hidden_layers=whole("num_hidden_layers"),
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=whole("num_key_value_heads", heads),
-        max_position_embeddings=whole("max_position_embeddings", 2048),
+        num_key_value_heads=size("num_key_value_heads", heads),
+        max_position_embeddings=size("max_position_embeddings", 2048),
         rms_norm_eps=real(data.get("rms_norm_eps"), 1e-6, 1e-12, 0.1, place, "rms_norm_eps"),
         rope_theta=rope_theta(data, place),
         tie_word_embeddings=tied,
@@ -187,19 +182,31 @@ def config_from_json(data: Mapping[str, Any], place: str, architecture: str | No
     return config
 
 
-def check_heads(config: ModelConfig, place: str) -> None:
+def check_heads(
+    config: ModelConfig, place: str, heads_key: str = "num_attention_heads", kv_key: str = "num_key_value_heads"
+) -> None:
     """Raise DataError where the heads do not divide the width, or a head cannot be rotated."""
     dim, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     if dim % heads or (dim // heads) % 2:
-        raise DataError(f"{heads} heads do not divide hidden_size {dim} into even widths", place, "num_attention_heads")
+        raise DataError(f"{heads} heads do not divide a width of {dim} into even parts", place, heads_key)
     if heads % kv:
-        raise DataError(f"{kv} key-value heads do not divide {heads} heads", place, "num_key_value_heads")
+        raise DataError(f"{kv} key-value heads do not divide {heads} heads", place, kv_key)
 
 
 def shown(value: object) -> str:
     """A value from a file, short enough for one line."""
     text = f'"{value}"' if isinstance(value, str) else str(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def whole(data: Mapping[str, Any], key: str, default: int | None, high: int, place: str) -> int:
+    """A positive whole number of a file, at most `high`. Raises DataError."""
+    value = default if data.get(key) is None else data[key]
+    if value is None:
+        raise DataError(f"is missing{did_you_mean(key, data)}", place, key)
+    if type(value) is not int or not 1 <= value <= high:
+        raise DataError(f"expected a whole number from 1 to {high:,}, got {shown(value)}", place, key)
+    return value
 
 
 def real(value: Any, default: float, low: float, high: float, place: str, key: str) -> float:
