@@ -1,0 +1,45 @@
+"""A model made ready for training: shaped, sharded, filled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llama2cli.nn import checkpoint
+from llama2cli.nn.config import ModelConfig
+from llama2cli.nn.model import Llama
+from llama2cli.training import dist
+from llama2cli.training.dist import World
+from llama2cli.training.objective import NextToken
+
+
+def build(
+    config: ModelConfig,
+    world: World,
+    *,
+    weights: Path | None,
+    seed: int,
+    dtype: torch.dtype,
+    checkpointing: bool = False,
+    compile: bool = False,
+) -> tuple[Llama, NextToken]:
+    """The model with fp32 weights on this rank's device, and the loss around it, whose forward is to be called.
+
+    weights: a checkpoint's folder, None to draw them from `seed`. dtype: of the arithmetic. A sharded model is sharded
+    before it has values, so no rank holds all of it. Raises DataError for a checkpoint of another shape.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    model.checkpoint_layers = checkpointing
+    loss = NextToken(model)
+    if compile:
+        for layer in model.layers:
+            layer.compile()
+    dist.shard(loss, model.layers, world, dtype=dtype)
+    model.to_empty(device=world.device)
+    if weights is None:
+        model.init_weights(seed)
+    else:
+        checkpoint.load_into(model, weights)
+    return model, loss

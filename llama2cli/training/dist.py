@@ -1,0 +1,109 @@
+"""Several processes as one: ranks, the few sums that they share, and sharding (FSDP2) applied to a model from outside.
+
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one process and nothing here communicates. Only
+tensors travel (gloo on CPU, nccl on CUDA): torch's calls that send Python objects would unpickle them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llama2cli.errors import Failure, Misuse
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that train together. rank: from 0; size: how many; device: the one that it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which owns the run folder and speaks."""
+        return self.rank == 0
+
+
+def launched() -> int:
+    """How many processes torchrun started together; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join the other processes for the time of the block.
+
+    device: auto (CUDA where there is one), cpu or cuda. Raises Misuse for CUDA where there is none, and Failure where
+    another process of the group has gone.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Misuse("torch sees no CUDA device; take --device cpu", "--device")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if launched() == 1:
+        yield World(0, 1, torch.device(kind))
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise Misuse(
+                f"local rank {local} has no GPU of its own: {torch.cuda.device_count()} on this machine", "--device"
+            )
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=where if kind == "cuda" else None)
+    try:
+        yield World(rank, launched(), where)
+    except dist.DistError as e:
+        raise Failure(f"rank {rank}: another process of the group has gone; its line says why ({e})") from e
+    except RuntimeError as e:
+        if any(s in str(e) for s in ("Connection", "connection", "gloo", "NCCL")):
+            raise Failure(f"rank {rank}: another process of the group has gone; its line says why ({e})") from e
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def sums(here: World, values: Sequence[float]) -> list[float]:
+    """Each value summed over ranks, in fp64; the same numbers on every rank."""
+    if here.size == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=here.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier(here: World) -> None:
+    """Wait until every rank is here."""
+    if here.size > 1:
+        dist.barrier()
+
+
+def shard(root: nn.Module, blocks: Iterable[nn.Module], here: World, *, dtype: torch.dtype = torch.float32) -> None:
+    """Shard a model's parameters over all ranks (FSDP2): each block is gathered when it runs, the rest with the root.
+
+    root: the module whose forward gives the loss, so that all weights are used inside of it. dtype: what the gathered
+    weights are rounded to; gradients are summed in fp32. Gradients are added up, not averaged: a loss is a sum over
+    tokens that was divided by the number of tokens of all ranks.
+    """
+    if here.size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(here.device.type, (here.size,))
+    rounded = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32 if rounded else None)
+    for module in [*blocks, root]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has neither averages nor scaled sums
