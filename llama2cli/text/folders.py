@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there: atomic writes, two-phase publishing, manifests, finding models."""
+"""Files and folders that are whole or not there: atomic writes, two-phase publishing, manifests, finding models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from llama2cli.errors import DataError, did_you_mean
 
@@ -24,46 +26,65 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a small file so that a crash leaves the old content or the new: aside, fsync, rename, fsync the folder.
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into one line."""
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f"cannot be written ({e.strerror})", path) from None
 
-    Raises DataError where it cannot be written.
+
+@contextmanager
+def write_aside(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that replaces `path` when the block ends: aside, fsync, rename, fsync the folder.
+
+    A crash or an exception leaves what was there before. Raises DataError where it cannot be written.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name}.partial")
     try:
-        with aside.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        fsync_folder(path.parent)
-    except OSError as e:
-        aside.unlink(missing_ok=True)
-        raise DataError(f"cannot be written ({e.strerror})", path) from None
+        with _writing(path):
+            with aside.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+            fsync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            aside.unlink()
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a small file so that a crash leaves the old content or the new. Raises DataError where it cannot."""
+    with write_aside(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def publish_folder(aside: str | Path, final: str | Path, *, replace: bool = False) -> None:
     """Two-phase commit of a folder: fsync its files and folders, rename it, fsync the parent.
 
-    replace: an earlier folder of that name goes (it is moved away first). Raises DataError if `final` exists otherwise.
+    replace: a folder of that name goes first; nothing may point at it, since a crash in between leaves neither.
+    Raises DataError if `final` exists otherwise, or where it cannot be written.
     """
     aside, final = Path(aside), Path(final)
-    for path in sorted(aside.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            fsync_folder(path)
-    fsync_folder(aside)
     stale = final.with_name(f".{final.name}.stale")
-    if final.exists():
-        if not replace:
-            raise DataError("exists already", final)
-        shutil.rmtree(stale, ignore_errors=True)
-        final.rename(stale)
-    aside.rename(final)
-    fsync_folder(final.parent)
+    with _writing(final):
+        for path in sorted(aside.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            elif path.is_dir():
+                fsync_folder(path)
+        fsync_folder(aside)
+        if final.exists():
+            if not replace:
+                raise DataError("exists already", final)
+            shutil.rmtree(stale, ignore_errors=True)
+            final.rename(stale)
+        aside.rename(final)
+        fsync_folder(final.parent)
     shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -94,102 +115,100 @@ def sha256_file(path: str | Path) -> str:
         raise DataError(f"cannot be read ({e.strerror})", path) from None
 
 
-def _members(folder: Path) -> Iterator[str]:
-    """Names of the files of a folder, relative, sorted; not the manifest."""
-    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return iter(sorted(n for n in names if n != MANIFEST))
-
-
 def write_manifest(folder: str | Path) -> dict[str, str]:
-    """Write manifest.json, {"sha256": {file: hex}} for every file of the folder and below, and return the hashes."""
+    """Write manifest.json, {"sha256": {name: hex}} with every file of the folder and below, and return the hashes.
+
+    Names are relative with "/", in order; the manifest itself is not among them.
+    """
     folder = Path(folder)
-    hashes = {name: sha256_file(folder / name) for name in _members(folder)}
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    hashes = {name: sha256_file(folder / name) for name in names if name != MANIFEST}
     atomic_write(folder / MANIFEST, json.dumps({"sha256": hashes}, indent=1) + "\n")
     return hashes
 
 
 def verify_manifest(folder: str | Path) -> dict[str, str]:
-    """The hashes of manifest.json, each seen to be right. Raises DataError naming the first file that is not."""
+    """The hashes of manifest.json, each seen to be right; files that it does not name are not looked at.
+
+    Raises DataError that names the first file that is missing or changed, or the manifest if it is none.
+    """
     folder = Path(folder)
     path = folder / MANIFEST
     try:
         hashes = json.loads(path.read_bytes())["sha256"]
-        pairs = sorted((str(k), str(v)) for k, v in hashes.items())
+        named = sorted((str(name), str(value)) for name, value in hashes.items())
     except OSError as e:
         raise DataError(f"cannot be read ({e.strerror})", path) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError("is not a manifest", path) from None
-    for name, expected in pairs:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DataError(f'names a file outside the folder: "{name}"', path)
+    for name, expected in named:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise DataError(f"names a file outside the folder: {ascii(name)[:80]}", path)
         if not (folder / name).is_file():
-            raise DataError("is missing, and the manifest names it", folder / name)
+            raise DataError("is missing; the manifest beside it names it", folder / name)
         if sha256_file(folder / name) != expected:
-            raise DataError("is not the file that was saved: its hash differs from the manifest's", folder / name)
-    return dict(pairs)
+            raise DataError("is not the file that was saved: its hash is not the manifest's", folder / name)
+    return dict(named)
+
+
+# --- models -------------------------------------------------------------------------------------------------------
 
 
 def resolve_model(path: str | Path) -> Path:
-    """The Hugging Face folder that a user's PATH means: that folder, a step folder, or a run folder through `latest`.
+    """The Hugging Face folder that a user's PATH means: the folder itself, a step folder, or a run folder by its `latest`.
 
-    RUN/latest and RUN/best, the text files themselves, name their step folder too. Raises DataError, one line that says
-    what the path is instead.
+    RUN/latest and RUN/best, which are text files, mean the step that they name. Raises DataError, one line that says
+    what PATH is instead.
     """
     path = Path(path)
-    if path.name in POINTERS and path.is_file():
-        return _follow(path)
-    if not path.exists():
-        raise DataError(f"no such folder{_near(path)}", path)
-    if path.is_file():
-        raise DataError(f'is a file; give the folder that holds it ("{path.parent}")', path)
-    if (path / "config.json").is_file():
-        _refuse_pickles(path)
-        return path
-    if (path / "latest").is_file():
-        return _follow(path / "latest")
-    raise DataError(_what_else(path), path)
+    try:
+        if path.name in POINTERS and path.is_file():
+            return _follow(path)
+        if path.is_file():
+            raise DataError(f'is a file; name the folder that holds it, "{path.parent}"', path)
+        if not path.is_dir():
+            raise DataError(f"no such folder{_neighbour(path)}", path)
+        if not (path / "config.json").is_file():
+            if (path / "latest").is_file():
+                return _follow(path / "latest")
+            raise DataError(_what_else(path), path)
+    except OSError as e:
+        raise DataError(f"cannot be read ({e.strerror})", path) from None
+    if list(path.glob("pytorch_model*.bin")) and not list(path.glob("*.safetensors")):
+        raise DataError("has its weights in a pickle (pytorch_model.bin), which is not read; save safetensors", path)
+    return path
 
 
 def _follow(pointer: Path) -> Path:
-    """The step folder that `latest` or `best` names."""
-    try:
-        name = pointer.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        raise DataError("cannot be read", pointer) from None
+    """The step folder that a `latest` or `best` file names. Raises DataError if it names none."""
+    with pointer.open("rb") as file:
+        name = file.read(256).decode("utf-8", "replace").strip()
+    if not name.isprintable() or name in ("", ".", "..") or "/" in name:
+        raise DataError(f"does not name a step folder but {ascii(name)[:80]}", pointer)
     step = pointer.parent / name
-    if not name or name in (".", "..") or "/" in name or "\0" in name:
-        raise DataError(f"does not name a step folder: {name[:80]!r}", pointer)
     if not (step / "config.json").is_file():
         raise DataError(f'names "{name}", which is not a saved step', pointer)
     return step
 
 
-def _near(path: Path) -> str:
-    try:
-        return did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
-    except OSError:
-        return "; a model is a folder on this disk (nothing is downloaded)"
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if list(folder.glob("pytorch_model*.bin")) and not list(folder.glob("*.safetensors")):
-        raise DataError(
-            "holds pickled weights (pytorch_model.bin), which are never read; save them as safetensors first", folder
-        )
+def _neighbour(path: Path) -> str:
+    """`; did you mean ...?` for the folder beside that is most like this one, or why there is none."""
+    if not path.parent.is_dir():
+        return "; a model is a folder on this disk, nothing is downloaded"
+    return did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
 
 
 def _what_else(folder: Path) -> str:
     """What a folder without config.json is."""
     if (folder / "params.json").is_file() or list(folder.glob("consolidated.*")):
-        return f'is a Meta checkpoint; make a Hugging Face folder of it with "llama2 convert {folder} -o DIR"'
+        return f'is a Meta checkpoint; make a Hugging Face folder of it: "llama2 convert {folder} -o DIR"'
     if (folder / "adapter_config.json").is_file():
         return "is an adapter (LoRA), not a model; merge it into its base model first"
     if (folder / "metrics.jsonl").is_file() or (folder / "settings.json").is_file():
         return 'is a run folder that has saved nothing yet (it has no "latest")'
     if list(folder.glob("*.gguf")):
-        return "holds GGUF weights; the Hugging Face folder is needed"
+        return "holds GGUF weights; the Hugging Face folder they were made from is needed"
     if (folder / "snapshots").is_dir():
-        return "is a download cache; the model is a folder under its snapshots"
+        return "is a download cache; the model is a folder below its snapshots"
     inside = sorted(p.name for p in folder.iterdir() if (p / "config.json").is_file() or (p / "latest").is_file())
-    hint = f' (did you mean "{folder / inside[0]}"?)' if inside else ""
-    return f"is not a model: it has no config.json{hint}"
+    return "is not a model: it has no config.json" + (f'; did you mean "{folder / inside[0]}"?' if inside else "")

@@ -1,12 +1,13 @@
-"""Records out: stdout, or a file that appears only when it is complete and that a killed command continues.
+"""Records out: to stdout, or to a file that appears when it is complete and that a killed command continues.
 
-Beside FILE stand, until it is complete, FILE.partial (what is written so far) and FILE.journal (one line per window that
-is safe on disk: inputs done, bytes written). Every window is a zstd frame or gzip member of its own, so the bytes of the
-finished file do not depend on where a process was killed.
+Until it is complete, beside FILE stand FILE.partial, what is written so far, and FILE.journal, one line for each
+window that is safe on the disk (inputs done, bytes written). Each window is a zstd frame or gzip member of its own, so
+the bytes of the finished file do not depend on where a process was killed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -14,241 +15,305 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse
-from llama2cli.text.folders import fsync_folder
+from llama2cli.settings import Filter
+from llama2cli.text.folders import atomic_write, fsync_folder
 
 SPILL = 8 << 20  # bytes of an open window that are held before they are compressed and written
 ZSTD_LEVEL, GZIP_LEVEL = 3, 6
+OTHER_SUFFIXES = (".bz2", ".xz", ".zip", ".lz4", ".parquet")
+NEUTRAL = {"out", "resume", "provenance", "quiet", "debug", "config", "max_line"}  # settings that change no record
+P = TypeVar("P")
+R = TypeVar("R")
 
 
-def _plain(value: Any) -> Any:
-    """What numpy scalars and arrays are in JSON."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
-
-
-_encode = msgspec.json.Encoder(enc_hook=_plain).encode
+# --- one record ---------------------------------------------------------------------------------------------------
 
 
 def encode(record: Any) -> bytes:
-    """One line of JSON, UTF-8, keys in their order, floats that read back exactly. Raises ValueError for NaN or infinity."""
+    """One line of JSON: UTF-8, keys in their order, floats that read back exactly, numpy scalars and arrays as numbers.
+
+    Raises ValueError for NaN, infinity or half a surrogate pair, TypeError for what has no form in JSON.
+    """
     try:
         line = _encode(record)
-    except OverflowError:  # an integer above 64 bits, which passes through unchanged
-        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=_plain).encode()
+    except OverflowError:  # an integer of more than 64 bits, which passes through as it came
+        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=_plain, allow_nan=False).encode()
     if b"null" in line:  # what msgspec makes of NaN
         _refuse_nonfinite(record, "")
     return line + b"\n"
 
 
-def _refuse_nonfinite(value: Any, path: str) -> None:
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} has no form in JSON")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_plain).encode
+
+
+def _refuse_nonfinite(value: Any, field: str) -> None:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{path.removeprefix('.') or 'the value'} is {value}, which JSON cannot hold")
+        raise ValueError(f"{field.removeprefix('.') or 'the value'} is {value}, which JSON cannot hold")
     if isinstance(value, dict):
         for k, v in value.items():
-            _refuse_nonfinite(v, f"{path}.{k}")
+            _refuse_nonfinite(v, f"{field}.{k}")
     elif isinstance(value, (list, tuple)):
         for i, v in enumerate(value):
-            _refuse_nonfinite(v, f"{path}[{i}]")
+            _refuse_nonfinite(v, f"{field}[{i}]")
 
 
-def _compressor(path: str) -> Callable[[], Any] | None:
-    """What makes the compressor of one window, by the suffix of the file."""
-    if path.endswith(".zst"):
-        import zstandard
-
-        return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compressobj
-    if path.endswith(".gz"):
-        return lambda: zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)  # its header has no name and no time
-    return None
+# --- what a journal belongs to ------------------------------------------------------------------------------------
 
 
-def fingerprint(*parts: Any, paths: Sequence[str | Path] = ()) -> str:
-    """A key for `Output`: a hash of settings (anything msgspec can encode) and of what `paths` are now.
+def fingerprint(*parts: Any, paths: Iterable[str | Path] = ()) -> str:
+    """A key for `Output`: a hash of settings and of the state of files and folders.
 
-    Of files the size and time of change count, of folders those of the files in them; of pipes and stdin nothing can.
+    parts: anything JSON can hold; of a settings dataclass, what changes no record (out, quiet, ...) is left out.
+    paths: of a file its size and time of change count, of a folder those of the files in it; pipes have neither.
     """
     digest = blake2b(digest_size=16)
     for part in parts:
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            part = {k: v for k, v in dataclasses.asdict(part).items() if k not in NEUTRAL}
         digest.update(msgspec.json.encode(part, enc_hook=str, order="deterministic") + b"\n")
     for path in map(Path, paths):
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        for file in files:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             status = file.stat() if file.is_file() else None
-            digest.update(f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n".encode())
+            digest.update(
+                f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n".encode("utf-8", "surrogateescape")
+            )
     return digest.hexdigest()
 
 
+def open_output(settings: Filter, *parts: Any, paths: Iterable[str | Path] = ()) -> Output:
+    """The `Output` that a filter's flags ask for. parts, paths: what else its records depend on (a model's folder)."""
+    inputs = settings.files or ["-"]
+    key = fingerprint(type(settings).__module__, settings, *parts, paths=[*settings.files, *paths])
+    return Output(settings.out, key=key, resume=settings.resume, inputs=inputs)
+
+
+# --- the output ---------------------------------------------------------------------------------------------------
+
+
+class Entry(msgspec.Struct):
+    """A line of a journal: the first holds the key, the others a window each."""
+
+    key: str = ""
+    consumed: int = 0
+    bytes: int = 0
+    digest: int = 0  # of the inputs that are done
+
+
 class Output:
-    """Where the records of a command go.
+    """Where the records of a command go; a context manager.
 
-    path: "-" is stdout; a file is written aside and renamed when the `with` block ends without an exception; the suffix
-    .zst or .gz compresses. key: a fingerprint of settings and inputs (see `fingerprint`); a journal with the same key is
-    continued unless resume is false. inputs: files that are being read, which the output must not be.
+        with Output("out.jsonl.zst", key=fingerprint(settings)) as out:
+            done = out.skip
+            for window in windows(out.rest(read_records(paths, "prompt")), 1024):
+                for place, record in window:
+                    out.write(...)
+                done += len(window)
+                out.commit(done)
 
-    Raises Misuse for an output that is a folder or an input, DataError where it cannot be written or another process
-    is writing it.
+    path: "-" is stdout. A file is written aside and gets its name when the block ends without an exception; .zst and
+    .gz compress. key: a journal beside the file that has the same key is continued, unless resume is false. inputs:
+    the sources that are being read, which the output must not be.
+
+    skip: the number of inputs that an earlier process has done. Raises Misuse for an output that is a folder or an
+    input, DataError where it cannot be written or another process is writing it.
     """
 
     def __init__(self, path: str, *, key: str, resume: bool = True, inputs: Sequence[str | Path] = ()) -> None:
-        self.path, self.skip = path, 0
-        self.consumed = 0
-        self.held: list[bytes] = []
-        self.size = 0
-        self.open_window: Any = None
-        self.journal: BinaryIO | None = None
-        self.is_file = path != "-" and (
-            not os.path.exists(path) or stat.S_ISREG(os.stat(path).st_mode) or os.path.isdir(path)
-        )  # noqa: PTH110, PTH112, PTH116
         self.name = "stdout" if path == "-" else path
-        self.compressor = None if path == "-" else _compressor(path)
-        self._refuse_input(inputs)
-        try:
-            if self.is_file:
-                self._open_file(key, resume)
+        self.skip = self.consumed = self.digest = 0
+        self.digests: deque[int] = deque()  # after each input that was handed out and is not done
+        self.lines: list[bytes] = []  # of the open window
+        self.size = 0
+        self.frame: Any = None  # compressor of the open window
+        self.journal: BinaryIO | None = None
+        self.compressor = _compressor(path)
+        _refuse_input(path, inputs)
+        with self._writing():
+            if path == "-":
+                if sys.stdout is None or sys.stdout.closed:
+                    raise DataError("is closed", self.name)
+                self.file: Any = sys.stdout.buffer
+            elif Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+                self.file = Path(path).open("wb", buffering=0)  # noqa: SIM115  a pipe or device has no name to give
             else:
-                self.file = sys.stdout.buffer if path == "-" else Path(path).open("wb")
+                self._open_aside(Path(os.path.realpath(path)), key, resume)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn an error of the file system into one line; a reader that went away is the caller's affair."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
         except OSError as e:
+            if self.name == "stdout":  # what is still in its buffer must not fail again when the interpreter exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise DataError(f"cannot be written ({e.strerror})", self.name) from None
 
-    def _refuse_input(self, inputs: Sequence[str | Path]) -> None:
-        """Raise Misuse if the output is one of the files that are read."""
-        try:
-            mine = os.fstat(sys.stdout.fileno()) if self.path == "-" else os.stat(self.path)  # noqa: PTH116
-        except (OSError, ValueError, AttributeError):
-            return
-        for path in inputs:
-            try:
-                theirs = os.fstat(sys.stdin.fileno()) if str(path) == "-" else os.stat(path)  # noqa: PTH116
-            except (OSError, ValueError, AttributeError):
-                continue
-            if stat.S_ISREG(mine.st_mode) and os.path.samestat(mine, theirs):
-                raise Misuse("is an input and the output; write to another file", self.name)
-
-    def _open_file(self, key: str, resume: bool) -> None:
-        self.final = Path(os.path.realpath(self.path))
-        if self.final.is_dir():
+    def _open_aside(self, final: Path, key: str, resume: bool) -> None:
+        if final.is_dir():
             raise Misuse("is a folder; name a file", self.name)
-        if not self.final.parent.is_dir():
-            raise DataError(f'there is no folder "{Path(self.path).parent}"', self.name)
-        self.partial = self.final.with_name(self.final.name + ".partial")
-        self.journal_path = self.final.with_name(self.final.name + ".journal")
-        self.file = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        if not final.parent.is_dir():
+            raise DataError(f'cannot be written: there is no folder "{Path(self.name).parent}"', self.name)
+        self.final = final
+        self.partial = final.with_name(final.name + ".partial")
+        self.journal_path = final.with_name(final.name + ".journal")
+        self.file = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        self._lock()
+        entries = self._entries(key, os.fstat(self.file.fileno()).st_size) if resume else []
+        if len(entries) > 1:
+            self.skip = self.consumed = entries[-1].consumed
+            self.digest = entries[-1].digest
+            console.say(f"{self.name}: continuing after {self.skip:,} inputs")
+        else:
+            entries = [Entry(key)]
+        self.file.truncate(entries[-1].bytes)
+        self.file.seek(entries[-1].bytes)
+        atomic_write(self.journal_path, b"".join(map(encode, entries)))
+        self.journal = self.journal_path.open("ab", buffering=0)
+
+    def _lock(self) -> None:
+        """Be the only writer; another that has just finished may have renamed the file that was opened here."""
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(self.file.fileno()), self.partial.stat())
         except OSError:
-            raise DataError("another process is writing it", self.name) from None
-        done = self._done(key, os.fstat(self.file.fileno()).st_size) if resume else None
-        self.skip = self.consumed = done[0] if done else 0
-        self.bytes = done[1] if done else 0
-        self.file.truncate(self.bytes)
-        self.file.seek(self.bytes)
-        if done:
-            console.say(f"{self.name}: continuing after {self.skip:,} records")
-            self.journal = self.journal_path.open("ab")
-        else:
-            self.journal = self.journal_path.open("wb")
-            self._note({"key": key})
-            fsync_folder(self.final.parent)
+            mine = False
+        if not mine:
+            self.file.close()
+            raise DataError("another process is writing it", self.name)
 
-    def _done(self, key: str, size: int) -> tuple[int, int] | None:
-        """(inputs done, bytes written) by an earlier process with this key, as far as the partial file holds them."""
+    def _entries(self, key: str, size: int) -> list[Entry]:
+        """The journal of an earlier process with this key, as far as the partial file (of `size` bytes) goes along."""
         try:
-            lines = self.journal_path.read_bytes().split(b"\n")[:-1]
-            first, *windows = [json.loads(line) for line in lines]
-            if first["key"] != key:
-                console.warn(f"{self.name}: the journal beside it is of other settings or inputs; starting over")
-                return None
-            held = [(w["consumed"], w["bytes"]) for w in windows if w["bytes"] <= size]
+            lines = self.journal_path.read_bytes().split(b"\n")[:-1]  # a line that was being written has no end
+            entries = [msgspec.json.decode(line, type=Entry) for line in lines]
         except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
+            return []
+        except ValueError:
             console.warn(f"{self.name}: the journal beside it cannot be read; starting over")
-            return None
-        return held[-1] if held else None
+            return []
+        if entries and entries[0].key != key:
+            console.warn(f"{self.name}: what a killed command left is of other settings or inputs; starting over")
+            return []
+        return [e for e in entries if e.bytes <= size]
 
-    def _note(self, entry: dict[str, Any]) -> None:
-        """Add a line to the journal, durably."""
-        assert self.journal is not None
-        self.journal.write(msgspec.json.encode(entry) + b"\n")
-        self.journal.flush()
-        os.fsync(self.journal.fileno())
+    def rest(self, items: Iterable[tuple[P, R]]) -> Iterator[tuple[P, R]]:
+        """The (place, record) items that no earlier process has done.
+
+        Raises DataError if those that are skipped are not those it did, as when stdin brings other records.
+        """
+        n = digest = 0
+        for item in items:
+            n += 1
+            if self.journal is not None:
+                digest = zlib.crc32(encode(item[1]), digest)
+                self.digests.append(digest)
+            if n > self.skip:
+                yield item
+            elif n == self.skip:
+                self._refuse_other(digest)
+                self.digests.clear()
+        if n < self.skip:
+            self._refuse_other(-1)
+
+    def _refuse_other(self, digest: int) -> None:
+        if digest != self.digest:
+            what = f"the first {self.skip:,} inputs are not those of the command that was killed"
+            raise DataError(f"{what}; --no-resume starts over", self.name)
 
     def write(self, record: Any) -> None:
-        """Add a record. It is safe when the window is committed. Raises DataError for what JSON cannot hold."""
+        """Add a record to the window. Raises DataError for what JSON cannot hold, or where it cannot be written."""
         try:
             line = encode(record)
         except (TypeError, ValueError, RecursionError) as e:
-            raise DataError(f"a record cannot be written: {e}", self.name) from None
-        self.held.append(line)
+            raise DataError(f"a record cannot be written as JSON: {e}", self.name) from None
+        self.lines.append(line)
         self.size += len(line)
         if self.size >= SPILL:
             self._spill()
 
-    def _spill(self, end: bool = False) -> None:
-        """Move what is held to the file; at the end of a window its frame is finished."""
-        data = b"".join(self.held)
-        self.held, self.size = [], 0
-        if self.compressor is not None and (data or self.open_window):
-            if self.open_window is None:
-                self.open_window = self.compressor()
-            data = self.open_window.compress(data)
-            if end:
-                data += self.open_window.flush()
-                self.open_window = None
-        try:
-            self.file.write(data)
-            if end:
-                self.file.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as e:
-            raise DataError(f"cannot be written ({e.strerror})", self.name) from None
-
     def commit(self, consumed: int) -> None:
-        """End a window: everything written so far is durable, and the first `consumed` inputs (counted from the very
-        first, skipped ones included) are done. Raises ValueError if that number went down, DataError for a full disk.
+        """End a window: what was written is durable, and the first `consumed` inputs are done for ever.
+
+        consumed: counted from the very first input, those of earlier processes included. Raises ValueError if it does
+        not grow although records were written (the next process would write them again), DataError for a full disk.
         """
-        if consumed < self.consumed:
-            raise ValueError(
-                f"commit takes the number of inputs done since the beginning: {consumed} < {self.consumed}"
-            )
-        self._spill(end=True)
-        self.consumed = consumed
-        if self.journal is None:
+        if consumed < self.consumed or (consumed == self.consumed and (self.lines or self.frame)):
+            raise ValueError(f"consumed counts all inputs that are done: {self.consumed} before, {consumed} now")
+        if consumed == self.consumed:
             return
-        try:
-            os.fsync(self.file.fileno())
-            self._note({"consumed": consumed, "bytes": self.file.tell()})
-        except OSError as e:
-            raise DataError(f"cannot be written ({e.strerror})", self.name) from None
+        self._end_window()
+        for _ in range(min(consumed - self.consumed, len(self.digests))):
+            self.digest = self.digests.popleft()
+        self.consumed = consumed
+        if self.journal is not None:
+            with self._writing():
+                entry = Entry("", consumed, self.file.tell(), self.digest)
+                _write_all(self.journal, encode(entry))
+                os.fsync(self.journal.fileno())
+
+    def _spill(self) -> None:
+        """Move the lines of the window into the file."""
+        data = b"".join(self.lines)
+        self.lines, self.size = [], 0
+        if self.compressor is not None and data:
+            self.frame = self.frame or self.compressor()
+            data = self.frame.compress(data)
+        with self._writing():
+            _write_all(self.file, data)
+
+    def _end_window(self) -> None:
+        """Write the whole of the window, finish its frame, and make it durable."""
+        self._spill()
+        with self._writing():
+            if self.frame is not None:
+                _write_all(self.file, self.frame.flush())
+                self.frame = None
+            self.file.flush()
+            if self.journal is not None:
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Finish: the file appears under its name, and the journal goes."""
-        self.commit(self.consumed)
-        if self.journal is None:
-            if self.path != "-":
-                self.file.close()
-            return
-        if self.final.exists():
-            self.partial.chmod(stat.S_IMODE(self.final.stat().st_mode))
-        self.partial.replace(self.final)
-        fsync_folder(self.final.parent)
-        self.journal_path.unlink(missing_ok=True)
-        self.journal.close()
-        self.file.close()
+        """Finish: the file gets its name, and the journal goes."""
+        if self.compressor is not None and self.frame is None and not self.lines and not self.file.tell():
+            self.frame = self.compressor()  # an empty file is not one that zstd or gzip would read
+        self._end_window()
+        if self.journal is not None:
+            with self._writing():
+                if self.final.exists():
+                    self.partial.chmod(stat.S_IMODE(self.final.stat().st_mode))
+                self.partial.replace(self.final)
+                fsync_folder(self.final.parent)
+                self.journal_path.unlink(missing_ok=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the files; without `close`, the next process goes on from the journal."""
+        if self.journal is not None:
+            self.journal.close()
+        if self.name != "stdout":
+            self.file.close()
 
     def __enter__(self) -> Output:
         return self
@@ -258,7 +323,42 @@ class Output:
     ) -> None:
         if kind is None:
             self.close()
-        elif self.is_file:  # the partial file and its journal stay, for the next process to continue
-            assert self.journal is not None
-            self.journal.close()
-            self.file.close()
+        else:
+            self._leave()
+
+
+def _compressor(path: str) -> Callable[[], Any] | None:
+    """What makes the compressor of a window, by the suffix of the file. Raises Misuse for one that is not written."""
+    if path.endswith(".zst"):
+        import zstandard
+
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compressobj
+    if path.endswith(".gz"):
+        return lambda: zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)  # a header without name and time
+    if path.endswith(OTHER_SUFFIXES):
+        raise Misuse("cannot be written in that format; .jsonl, .jsonl.zst and .jsonl.gz can", path)
+    return None
+
+
+def _refuse_input(path: str, inputs: Sequence[str | Path]) -> None:
+    """Raise Misuse if the output is one of the files that are read."""
+    mine = _status(path, sys.stdout)
+    for source in inputs:
+        theirs = _status(str(source), sys.stdin)
+        if mine and theirs and stat.S_ISREG(mine.st_mode) and os.path.samestat(mine, theirs):
+            raise Misuse("is an input and the output; write to another file", "stdout" if path == "-" else path)
+
+
+def _status(path: str, standard: Any) -> os.stat_result | None:
+    """The state of a file, or of the standard stream for "-"; None where there is none."""
+    try:
+        return os.fstat(standard.fileno()) if path == "-" else os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]

@@ -1,13 +1,15 @@
 """The records that commands exchange, one JSON object a line: what each kind holds, and errors that name the field.
 
 A record is a plain dict; fields that a kind does not know pass through. msgspec Structs say which fields there are and
-of which types; what types cannot say (roles in turn, a prompt's end) follows in one function per kind.
+of which types; what types cannot say (roles in turn, how a prompt ends) follows in one function per kind. A field that
+may be missing may be null as well, as tables exported to JSON have it, and is then taken out.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,60 +17,75 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from llama2cli import console
 from llama2cli.errors import DataError, did_you_mean
 
+Record = dict[str, Any]
 Natural = Annotated[int, Meta(ge=0)]
-Bit = Literal[0, 1]
+Amount = Annotated[float, Meta(ge=0)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
+Bit = Literal[0, 1]
 Five = Literal[1, 2, 3, 4, 5]
+
 GROUPS = (
-    "model",
-    "round",
-    "batch",
-    "turn",
-    "category",
-    "attack",
-    "rating",
-    "temperature",
-    "k",
-    "source",
-    "task",
-    "weights",
-)
+    "model", "round", "batch", "turn", "category", "attack", "rating", "temperature", "k", "source", "task", "weights",
+)  # fmt: skip
+
+
+# --- fields and types ---------------------------------------------------------------------------------------------
 
 
 class Message(Struct):
+    """A turn. Weight 0 keeps an assistant's message out of the loss."""
+
     role: Literal["system", "user", "assistant"]
     content: str
     weight: Bit | UnsetType = UNSET
 
 
 class Document(Struct):
+    """A text to pretrain on, or to continue."""
+
     text: str
     source: str | UnsetType = UNSET
 
 
+class Request(Struct):
+    """What `generate` takes: a prompt, or a document to continue."""
+
+    messages: list[Message] | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class Ids(Struct):
+    """A text as token ids."""
+
+    ids: list[Natural]
+
+
 class Dialogue(Struct):
+    """System first, then user and assistant in turn."""
+
     messages: list[Message]
     id: str | UnsetType = UNSET
 
 
 class Prompt(Dialogue):
+    """A dialogue that ends with a user's message."""
+
     unsafe: bool | UnsetType = UNSET
     category: str | UnsetType = UNSET
     attack: str | UnsetType = UNSET
 
 
-class Ids(Struct):
-    ids: list[Natural]
-
-
 class Sample(Struct):
+    """A dialogue whose last message was sampled; `id` is a hash of its prompt."""
+
     messages: list[Message]
     id: str
     sample: Natural
     policy: str
-    temperature: Annotated[float, Meta(ge=0)]
+    temperature: Amount
     seed: int
     n_tokens: Natural
     truncated: bool
@@ -79,60 +96,78 @@ class Sample(Struct):
 
 
 class Response(Struct):
+    """One of the two answers of a pair."""
+
     message: Message
     policy: str
-    temperature: Annotated[float, Meta(ge=0)]
+    temperature: Amount
 
 
 class Pair(Struct):
+    """Two answers that wait for a judgement."""
+
     id: str
     prompt: list[Message]
     responses: Annotated[list[Response], Meta(min_length=2, max_length=2)]
 
 
 class Comparison(Struct):
+    """Two answers, judged. Without `prompt`, both are whole dialogues with a common beginning."""
+
     chosen: list[Message]
     rejected: list[Message]
     prompt: list[Message] | UnsetType = UNSET
     rating: Literal["significantly", "better", "slightly", "negligibly"] | UnsetType = UNSET
-    safety: Literal["chosen_safe", "both_safe", "both_unsafe"] | UnsetType = UNSET
+    safety: Literal["chosen_safe", "both_safe", "both_unsafe", "rejected_safe"] | UnsetType = UNSET
     batch: int | UnsetType = UNSET
     source: str | UnsetType = UNSET
 
 
 class Labelled(Struct):
+    """A dialogue with a label, for classifiers."""
+
     messages: list[Message]
     label: Bit
     id: str | UnsetType = UNSET
 
 
 class Choice(Struct):
+    """Multiple choice; `gold` is the index of the right one."""
+
     query: str
     choices: Annotated[list[str], Meta(min_length=1)]
     gold: Natural
 
 
 class Question(Struct):
+    """A question with every answer that counts as right."""
+
     question: str
     answers: Annotated[list[str], Meta(min_length=1)]
 
 
 class Program(Struct):
+    """A function to complete, and its test."""
+
     prompt: str
     entry_point: str
     test: str
 
 
 class Judgement(Struct):
+    """What one rater said of one item."""
+
     item: str
     rater: str
     score: float | str
 
 
 class Session(Struct):
+    """A red-teaming dialogue. Safety 1 and 2 violate."""
+
     messages: list[Message]
     person: str
-    minutes: Annotated[float, Meta(ge=0)]
+    minutes: Amount
     categories: list[str] | UnsetType = UNSET
     attack: str | UnsetType = UNSET
     topic: str | UnsetType = UNSET
@@ -144,191 +179,277 @@ class Session(Struct):
 
 
 class Metric(Struct):
-    measure: Annotated[str, Meta(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)+$")]
+    """A measured number with its interval; other fields are groups (`GROUPS`)."""
+
+    measure: str
     value: float
     n: Natural
     low: float | UnsetType = UNSET
     high: float | UnsetType = UNSET
 
 
-Record = dict[str, Any]
-
-
-class Wrong(Exception):
-    """A record that is wrong at a field: Wrong(field, message)."""
-
-
 # --- what types cannot say ----------------------------------------------------------------------------------------
 
 
-def _in_turn(messages: list[Record], field: str, after: str = "") -> None:
-    """System first, then user and assistant in turn; `after`: the role before the first of them."""
-    if not messages:
-        raise Wrong(field, "expected at least one message, got none")
-    previous = after
-    for i, message in enumerate(messages):
-        role = message["role"]
-        if role == "system":
-            if previous:
-                raise Wrong(f"{field}[{i}].role", "a system message comes first, and only there")
-        elif role != ("assistant" if previous == "user" else "user"):
-            turn = "an assistant message" if previous == "user" else "a user message"
-            raise Wrong(f"{field}[{i}].role", f'expected {turn} here (they take turns), got "{role}"')
-        elif role == "user" and message.get("weight"):
-            raise Wrong(f"{field}[{i}].weight", "weight 1 is for assistant messages: no other is trained")
-        previous = role
-    if previous == "system":
-        raise Wrong(field, "expected a user message after the system message, got none")
-
-
-def _ends_with(messages: list[Record], role: str, field: str) -> None:
-    if messages[-1]["role"] != role:
-        article = "an" if role == "assistant" else "a"
-        raise Wrong(
-            f"{field}[{len(messages) - 1}].role",
-            f'expected {article} {role} message at the end, got "{messages[-1]["role"]}"',
-        )
+class Wrong(Exception):
+    """Wrong(field, message): what is wrong with a record, and where."""
 
 
 def _dialogue(record: Record) -> Record:
-    _in_turn(record["messages"], "messages")
+    _take_turns(record["messages"], "messages")
     return record
 
 
 def _prompt(record: Record) -> Record:
-    _in_turn(record["messages"], "messages")
-    _ends_with(record["messages"], "user", "messages")
+    _take_turns(record["messages"], "messages", end="user")
+    return record
+
+
+def _request(record: Record) -> Record:
+    if "messages" in record:
+        _take_turns(record["messages"], "messages")
+        if record["messages"][-1]["role"] == "assistant":
+            fix = "take the last message off to have it answered anew"
+            raise Wrong(f"messages[{len(record['messages']) - 1}].role", f"the dialogue is answered already; {fix}")
+        return record
+    if "text" not in record:
+        raise Wrong("", 'expected a prompt, {"messages": [...]}, or a document, {"text": ...}')
     return record
 
 
 def _answered(record: Record) -> Record:
-    _in_turn(record["messages"], "messages")
-    _ends_with(record["messages"], "assistant", "messages")
+    _take_turns(record["messages"], "messages", end="assistant")
     return record
 
 
 def _pair(record: Record) -> Record:
-    _in_turn(record["prompt"], "prompt")
-    _ends_with(record["prompt"], "user", "prompt")
+    _take_turns(record["prompt"], "prompt", end="user")
     for i, response in enumerate(record["responses"]):
-        _in_turn([response["message"]], f"responses[{i}].message", after="user")
+        if response["message"]["role"] != "assistant":
+            raise Wrong(f"responses[{i}].message.role", f'expected assistant, got "{response["message"]["role"]}"')
     return record
 
 
 def _comparison(record: Record) -> Record:
-    """TRL's form without a prompt, whose answers are whole dialogues, becomes the form with one."""
+    """The form without a prompt becomes the form with one: the longest common beginning of the two dialogues."""
     if "prompt" not in record:
         record = _split_prompt(record)
-    _in_turn(record["prompt"], "prompt")
-    _ends_with(record["prompt"], "user", "prompt")
-    for side in ("chosen", "rejected"):
-        _in_turn(record[side], side, after="user")
-        _ends_with(record[side], "assistant", side)
+    _take_turns(record["prompt"], "prompt", end="user")
+    _take_turns(record["chosen"], "chosen", before="user", end="assistant")
+    _take_turns(record["rejected"], "rejected", before="user", end="assistant")
     return record
 
 
-def _split_prompt(record: Record) -> Record:
-    """The same with `prompt`: the longest common prefix of both dialogues, less the last message if they are equal."""
-    chosen, rejected = record["chosen"], record["rejected"]
-    for side in (chosen, rejected):
-        _in_turn(side, "chosen" if side is chosen else "rejected")
-    n = 0
-    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
-        n += 1
-    if n == 0 or chosen[n - 1]["role"] != "user":
-        raise Wrong(f"rejected[{n}]", "the two dialogues part here, before an answer; they need the same prompt")
-    return {"prompt": chosen[:n], **record, "chosen": chosen[n:], "rejected": rejected[n:]}
-
-
 def _choice(record: Record) -> Record:
-    if record["gold"] >= len(record["choices"]):
-        raise Wrong(
-            "gold", f"expected an index below {len(record['choices'])}, the number of choices, got {record['gold']}"
-        )
+    n = len(record["choices"])
+    if record["gold"] >= n:
+        raise Wrong("gold", f"expected the index of one of the {n} choices, from 0, got {record['gold']}")
     return record
 
 
 def _metric(record: Record) -> Record:
-    for key in record.keys() - {"measure", "value", "n", "low", "high", *GROUPS}:
-        raise Wrong(key, f"unknown group{did_you_mean(key, GROUPS)} (there are {', '.join(GROUPS)})")
+    if not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)+", record["measure"]):
+        raise Wrong("measure", f"expected a dotted name such as rm.accuracy, got {_show(record['measure'])}")
+    for key in record:
+        if key not in GROUPS and key not in Metric.__struct_fields__:
+            raise Wrong(key, f"unknown group{did_you_mean(key, GROUPS)} (the groups are {', '.join(GROUPS)})")
     return record
 
 
-def _same(record: Record) -> Record:
+def _any(record: Record) -> Record:
     return record
+
+
+def _take_turns(messages: Sequence[Record], field: str, before: str = "", end: str = "") -> None:
+    """Raise Wrong unless the system comes first and user and assistant take turns.
+
+    before: the role of the message before the first of these. end: the role that the last must have.
+    """
+    if not messages:
+        raise Wrong(field, "expected at least one message, got none")
+    previous = before
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if role == "assistant":
+            if previous != "user":
+                raise Wrong(f"{field}[{i}].role", 'expected a user message before an assistant\'s, got "assistant"')
+        elif role == "system":
+            if previous:
+                raise Wrong(f"{field}[{i}].role", "a system message can only be the first")
+        elif previous == "user":
+            raise Wrong(f"{field}[{i}].role", 'expected an assistant message after a user\'s, got "user"')
+        if role != "assistant" and message.get("weight"):
+            raise Wrong(f"{field}[{i}].weight", f"only assistant messages are trained on, and this is the {role}'s")
+        previous = role
+    if previous == "system":
+        raise Wrong(field, "expected a user message after the system message, got none")
+    if end and previous != end:
+        raise Wrong(
+            f"{field}[{len(messages) - 1}].role", f'expected the last message to be the {end}\'s, got "{previous}"'
+        )
+
+
+def _split_prompt(record: Record) -> Record:
+    """A comparison of two whole dialogues with their common beginning as `prompt`; equal ones part at the end."""
+    chosen, rejected = record["chosen"], record["rejected"]
+    _take_turns(chosen, "chosen", end="assistant")
+    _take_turns(rejected, "rejected", end="assistant")
+    n = 0
+    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
+        n += 1
+    if n == 0 or chosen[n - 1]["role"] != "user":
+        raise Wrong(f"rejected[{n}]", "differs from chosen before any answer: the two need one prompt")
+    return {"prompt": chosen[:n], **record, "chosen": chosen[n:], "rejected": rejected[n:]}
+
+
+def drop_reason(comparison: Record) -> str | None:
+    """Why nobody learns from a valid comparison (Llama 2, section 3.2.1 and Table 6), or None.
+
+    Pairs whose chosen answer is unsafe while the other is safe are left out, and answers that are the same.
+    """
+    if comparison.get("safety") == "rejected_safe":
+        return "the chosen answer is unsafe, the other is safe"
+    if [m["content"] for m in comparison["chosen"]] == [m["content"] for m in comparison["rejected"]]:
+        return "the two answers are the same"
+    return None
 
 
 KINDS: dict[str, tuple[type[Struct], Callable[[Record], Record]]] = {
-    "document": (Document, _same),
+    "document": (Document, _any),
     "dialogue": (Dialogue, _dialogue),
     "prompt": (Prompt, _prompt),
-    "ids": (Ids, _same),
+    "request": (Request, _request),
+    "ids": (Ids, _any),
     "sample": (Sample, _answered),
     "pair": (Pair, _pair),
     "comparison": (Comparison, _comparison),
     "labelled": (Labelled, _answered),
     "choice": (Choice, _choice),
-    "question": (Question, _same),
-    "program": (Program, _same),
-    "judgement": (Judgement, _same),
+    "question": (Question, _any),
+    "program": (Program, _any),
+    "judgement": (Judgement, _any),
     "session": (Session, _dialogue),
     "metric": (Metric, _metric),
 }
+KNOWN = {name for shape, _ in KINDS.values() for name in shape.__struct_fields__} | set(Message.__struct_fields__)
 
 
 # --- checking -----------------------------------------------------------------------------------------------------
 
 
 def validate(kind: str, record: Any, place: Iterable[object] = ()) -> Record:
-    """The record, seen to be of a kind (a comparison without `prompt` gets one). Raises DataError at its place and field."""
+    """The record, seen to be of a kind; a comparison without `prompt` gets one, a field that need not be goes if null.
+
+    Raises DataError at its place and field, KeyError for an unknown kind.
+    """
     return checker(kind)(record, place)
 
 
 def checker(kind: str) -> Callable[[Any, Iterable[object]], Record]:
-    """`validate` for one kind, for use on many records. Raises KeyError for an unknown kind."""
-    shape, semantics = KINDS[kind]
+    """`validate` for many records of one kind. An unknown field that looks like a misspelt one is warned of, once."""
+    shape, more = KINDS[kind]
     convert = msgspec.convert
+    seen: set[tuple[str, ...]] = set()  # the sets of fields that were met already
 
     def check(record: Any, place: Iterable[object]) -> Record:
         try:
-            convert(record, shape)
-            return semantics(record)
+            try:
+                convert(record, shape)
+            except msgspec.ValidationError as e:
+                if "got `null`" not in str(e):
+                    raise
+                record = _without_nulls(record, shape)
+                convert(record, shape)
+            record = more(record)
         except msgspec.ValidationError as e:
             field, message = _explain(str(e), record, shape)
         except Wrong as e:
             field, message = e.args
+        else:
+            for fields in (record, *record["messages"]) if "messages" in shape.__struct_fields__ else (record,):
+                if (names := tuple(fields)) not in seen:
+                    seen.add(names)
+                    _warn_misspelt(names, shape, place)
+            return record
         raise DataError(f"{field}: {message}" if field else message, *place)
 
     return check
 
 
-_AT = re.compile(r"(.*?)(?: - at `\$?(.*)`)?", re.DOTALL)
-_NAMES = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false", "array": "a list",
-          "object": "an object", "null": "null"}  # fmt: skip
+def _warn_misspelt(names: Sequence[str], shape: type[Struct], place: Iterable[object]) -> None:
+    """Warn of unknown fields that look like one that the record could have and has not."""
+    fields = Message.__struct_fields__ if "role" in names else shape.__struct_fields__
+    for name in names:
+        close = get_close_matches(name, [f for f in fields if f not in names], n=1, cutoff=0.75)
+        if close and name not in KNOWN:
+            where = ":".join(map(str, place))
+            what = f'the field "{name}" is not known and passes through; did you mean "{close[0]}"?'
+            console.warn(f"{where}: {what}" if where else what, what)
+
+
+def _without_nulls(value: Any, shape: Any) -> Any:
+    """The same without fields that are null and may be missing; lists of messages too."""
+    if get_origin(shape) is Annotated:
+        shape = get_args(shape)[0]
+    if isinstance(value, list) and get_origin(shape) is list:
+        return [_without_nulls(v, get_args(shape)[0]) for v in value]
+    if not isinstance(value, dict) or not isinstance(shape, type) or not issubclass(shape, Struct):
+        return value
+    hints = get_type_hints(shape, include_extras=True)
+    kept = {k: v for k, v in value.items() if v is not None or UnsetType not in get_args(hints.get(k))}
+    return {k: _without_nulls(v, _present(hints[k])) if k in hints else v for k, v in kept.items()}
+
+
+def _present(hint: Any) -> Any:
+    """The type of a field that is there: `X | UnsetType` -> X."""
+    if get_origin(hint) in (Union, UnionType) and UnsetType in get_args(hint):
+        return next(t for t in get_args(hint) if t is not UnsetType)
+    return hint
+
+
+# --- explaining ---------------------------------------------------------------------------------------------------
+
+NAMES = {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false", "array": "a list",
+         "object": "an object"}  # fmt: skip
+FORMS = {  # of others, by the field that tells
+    "conversations": "this looks like ShareGPT's form; from and value should be role (user, assistant) and content",
+    "instruction": "this looks like Alpaca's form; make messages of instruction, input and output",
+    "completion": "make messages of prompt and completion",
+}
 
 
 def _explain(error: str, record: Any, shape: type[Struct]) -> tuple[str, str]:
-    """(field, message) for a person from a msgspec error."""
-    match = _AT.fullmatch(error)
-    message, path = (match[1], (match[2] or "").lstrip(".")) if match else (error, "")
-    there = _value_at(record, path)
+    """(field, message) for a person, from the message of a msgspec error."""
+    message, _, path = error.partition(" - at `")
+    path = path.strip("`$.")
+    there, expected = _value_at(record, path), _type_at(shape, path)
     if missing := re.fullmatch(r"Object missing required field `(.*)`", message):
-        return path, _missing(missing[1], there)
-    if message.startswith("Invalid enum value"):
-        allowed = [str(value) for value in _allowed(shape, path)]
+        return path, _missing(missing[1], list(there))
+    if get_origin(expected) is Literal:
+        allowed = [str(value) for value in get_args(expected)]
         close = did_you_mean(there, allowed) if isinstance(there, str) else ""
         return path, f"expected one of {', '.join(allowed)}, got {_show(there)}{close}"
-    if types := re.fullmatch(r"Expected `(.*)`, got `(.*)`", message):
-        return path, f"expected {_types(types[1])}, got {_types(types[2])}"
+    if types := re.fullmatch(r"Expected `([\w |]+)`, got `(\w+)`", message):
+        return path, f"expected {_name(types[1])}, got {_name(types[2])}"
+    if bound := re.fullmatch(r"Expected `(\w+)`(?: of length)? (\S+) (\S+)", message):
+        least = "at least" if bound[2] == ">=" else "at most"
+        limit = f"{float(bound[3]):g}"
+        if bound[1] == "array":
+            return path, f"expected {least} {limit} elements, got {len(there)}"
+        return path, f"expected {_name(bound[1])} of {least} {limit}, got {_show(there)}"
     return path, message[0].lower() + message[1:].replace("`", "")
 
 
-def _types(names: str) -> str:
-    return " or ".join(_NAMES.get(n, n) for n in names.split(" | "))
+def _name(types: str) -> str:
+    """`float | str` -> "a number or a string"."""
+    return " or ".join(NAMES.get(t, t) for t in types.split(" | "))
 
 
-def _missing(field: str, there: Any) -> str:
-    keys = list(there) if isinstance(there, dict) else []
+def _missing(field: str, keys: list[str]) -> str:
+    """What to say of a field that is not among the keys of its object."""
+    form = next((FORMS[k] for k in FORMS if k in keys), None) if field == "messages" else None
+    if form:
+        return f'the field "{field}" is missing; {form}'
     close = get_close_matches(field, keys, n=1)
     return (
         f'expected the field "{field}", got "{close[0]}"; is it misspelt?'
@@ -339,29 +460,24 @@ def _missing(field: str, there: Any) -> str:
 
 def _steps(path: str) -> list[str | int]:
     """`messages[1].role` -> ["messages", 1, "role"]."""
-    return [int(index) if index else name for name, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", path)]
+    return [int(index) if index else name for name, index in re.findall(r"(\w+)(?![\w\]])|\[(\d+)\]", path)]
 
 
 def _value_at(record: Any, path: str) -> Any:
-    """The value that a field names, or None where there is none."""
+    """The value of a field of a record."""
     for step in _steps(path):
-        try:
-            record = record[step]
-        except (KeyError, IndexError, TypeError):
-            return None
+        record = record[step]
     return record
 
 
-def _allowed(shape: Any, path: str) -> tuple[Any, ...]:
-    """The values of the Literal type of a field."""
+def _type_at(shape: Any, path: str) -> Any:
+    """The type of a field of a kind, without bounds and without UnsetType."""
     for step in _steps(path):
-        shape = get_type_hints(shape)[step] if isinstance(step, str) else get_args(shape)[0]
-        if get_origin(shape) in (Union, UnionType):
-            shape = next(t for t in get_args(shape) if t is not UnsetType)
-    return get_args(shape)
+        shape = _present(get_type_hints(shape)[step]) if isinstance(step, str) else get_args(shape)[0]
+    return shape
 
 
 def _show(value: Any) -> str:
     """A value as JSON, cut short."""
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 60 else text[:56] + "..." + text[-1]
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:56]}..."
