@@ -24,8 +24,8 @@ from llama2cli.text.output import Output, encode, fingerprint, open_output
 from llama2cli.text.records import Record, checker, drop_reason
 
 __all__ = [
-    "Output", "Place", "decode", "encode", "fingerprint", "open_output", "read_lines", "read_records", "read_texts",
-    "read_whole_text", "some", "windows",
+    "Output", "Place", "decode", "encode", "fingerprint", "open_output", "read_json", "read_lines", "read_records",
+    "read_texts", "read_whole_text", "some", "windows",
 ]  # fmt: skip
 
 MAX_LINE = 64 << 20
@@ -145,6 +145,12 @@ def read_records(paths: Sequence[str | Path], kind: str, *, max_line: int = MAX_
     """
     sources = check_sources(paths)
     return chain.from_iterable(_records(s, kind, max_line) for s in sources)
+
+
+def read_json(paths: Sequence[str | Path], *, max_line: int = MAX_LINE) -> Iterator[tuple[Place, bytes]]:
+    """The JSON text of each record, for a reader that decodes it elsewhere. Raises what `read_lines` raises."""
+    sources = check_sources(paths)
+    return chain.from_iterable(_json_texts(s, max_line) for s in sources)
 
 
 def _records(source: str, kind: str, max_line: int) -> Iterator[tuple[Place, Record]]:
