@@ -24,6 +24,7 @@ from llama2cli.nn.config import BOS, EOS, LM, ModelConfig, config_to_json, read_
 from llama2cli.nn.model import Llama, fill
 from llama2cli.text import tensorfile
 from llama2cli.text.tokenizer import Tokenizer
+from llama2cli.text.tokenizer_json import write_tokenizer_files
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
@@ -170,19 +171,21 @@ def find_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
     missing = [name for name in wanted if name not in found and not (name == HEAD and config.tie_word_embeddings)]
     if missing:
         more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
-        raise DataError(f"tensor {missing[0]!r}{more}", folder)
+        hint = "; config.json does not say tie_word_embeddings" if missing == [HEAD] else ""
+        raise DataError(f"tensor {missing[0]!r}{more}{hint}", folder)
     return found
 
 
 def map_tensors(files: Mapping[str, Path]) -> dict[str, Tensor]:
     """The tensors that `find_tensors` found, in their stored types, mapped: nothing is read before it is used."""
     arrays = {path: tensorfile.open_arrays(path) for path in set(files.values())}
-    dtypes = {
-        path: {name: STORED[info.dtype] for name, info in tensorfile.read_header(path).items()} for path in arrays
-    }
+    headers = {path: tensorfile.read_header(path) for path in arrays}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # and nobody writes to it
-        return {n: torch.from_numpy(arrays[path][n]).view(dtypes[path][n]) for n, path in files.items()}
+        return {
+            name: torch.from_numpy(arrays[path][name]).view(STORED[headers[path][name].dtype])
+            for name, path in files.items()
+        }
 
 
 def check_finite(tensor: Tensor, *place: object) -> Tensor:
@@ -304,8 +307,6 @@ def _write_folder(
     for name, data in (files | dict(extra_files)).items():
         Path(folder, name).write_bytes(data)
     if tokenizer is not None:
-        from llama2cli.text.tokenizer_json import write_tokenizer_files
-
         write_tokenizer_files(folder, tokenizer, context=config.max_position_embeddings)
     write_weights(folder, config, tensor_of, save_dtype, max_shard_bytes)
 
