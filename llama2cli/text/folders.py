@@ -155,7 +155,7 @@ def verify_manifest(folder: str | Path) -> dict[str, str]:
 
 
 def resolve_model(path: str | Path) -> Path:
-    """The Hugging Face folder that a user's PATH means: the folder itself, a step folder, or a run folder by its `latest`.
+    """The Hugging Face folder that a PATH means: the folder itself, a step folder, or a run folder by its `latest`.
 
     RUN/latest and RUN/best, which are text files, mean the step that they name. Raises DataError, one line that says
     what PATH is instead.

@@ -213,7 +213,8 @@ def _request(record: Record) -> Record:
             raise Wrong(f"messages[{len(record['messages']) - 1}].role", f"the dialogue is answered already; {fix}")
         return record
     if "text" not in record:
-        raise Wrong("", 'expected a prompt, {"messages": [...]}, or a document, {"text": ...}')
+        hint = next(filter(None, (did_you_mean(key, ("messages", "text")) for key in record)), "")
+        raise Wrong("", f'expected a prompt, {{"messages": [...]}}, or a document, {{"text": ...}}{hint}')
     return record
 
 
@@ -349,6 +350,7 @@ def checker(kind: str) -> Callable[[Any, Iterable[object]], Record]:
     """`validate` for many records of one kind. An unknown field that looks like a misspelt one is warned of, once."""
     shape, more = KINDS[kind]
     convert = msgspec.convert
+    has_messages = "messages" in shape.__struct_fields__
     seen: set[tuple[str, ...]] = set()  # the sets of fields that were met already
 
     def check(record: Any, place: Iterable[object]) -> Record:
@@ -366,7 +368,8 @@ def checker(kind: str) -> Callable[[Any, Iterable[object]], Record]:
         except Wrong as e:
             field, message = e.args
         else:
-            for fields in (record, *record["messages"]) if "messages" in shape.__struct_fields__ else (record,):
+            messages = record.get("messages", ()) if has_messages else ()
+            for fields in (record, *messages):
                 if (names := tuple(fields)) not in seen:
                     seen.add(names)
                     _warn_misspelt(names, shape, place)
