@@ -185,15 +185,18 @@ def activation_bytes_per_token(config: ModelConfig, compute_bytes: int = 2) -> i
     return norms + attention + 4 * compute_bytes * config.intermediate_size
 
 
-def activation_bytes(config: ModelConfig, tokens: int, *, checkpointing: bool, compute_bytes: int = 2) -> int:
+def activation_bytes(
+    config: ModelConfig, tokens: int, *, checkpointing: bool, compute_bytes: int = 2, residual_bytes: int = 4
+) -> int:
     """Bytes kept between forward and backward for so many tokens in all layers.
 
-    checkpointing: each layer keeps its input only (fp32); one layer at a time has all of its own, made again.
+    checkpointing: each layer keeps its input only; one layer at a time has all of its own, made again. residual_bytes:
+    of a number in the residual stream.
     """
     layer = tokens * activation_bytes_per_token(config, compute_bytes)
     if not checkpointing:
         return config.num_hidden_layers * layer
-    return config.num_hidden_layers * tokens * config.hidden_size * 4 + layer
+    return config.num_hidden_layers * tokens * config.hidden_size * residual_bytes + layer
 
 
 def memory_per_gpu(
@@ -212,12 +215,17 @@ def memory_per_gpu(
     * Weights, gradients and both moments are fp32 and sharded: 16 bytes a weight, over the GPUs.
     * With several GPUs two layers are gathered in the compute type (one at work, one on its way), the layer at work has
       its gradient in it and the one before is being reduced in fp32; table and head stay gathered, the head with its
-      gradient in fp32. With one GPU nothing is gathered, but autocast keeps a bf16 copy of each matrix.
+      gradient in fp32; the residual stream is in the compute type. With one GPU nothing is gathered, but autocast
+      keeps a bf16 copy of each matrix, and the residual stream is fp32.
     * Head: a chunk of fp32 logits and of their gradient, and the gradient of the hidden states of all tokens.
+
+    All parts are added as if their worst moments fell together. Against torch's memory tracker the sum is within 10% on
+    one device; under FSDP2 it is 0% to 20% above the peak.
     """
     weights, layers = n_params(config), config.num_hidden_layers
     part = parameters(config)
     layer, ends = (part.attention + part.feed_forward) // layers, part.embedding + part.head
+    residual = compute_bytes if gpus > 1 else 4
     if gpus == 1:
         gathered = 2.0 * n_matmul_params(config) if compute_bytes == 2 else 0.0
     else:
@@ -229,7 +237,9 @@ def memory_per_gpu(
         gradients=4.0 * weights / gpus,
         optimizer=8.0 * weights / gpus,
         gathered=gathered,
-        activations=activation_bytes(config, tokens, checkpointing=checkpointing, compute_bytes=compute_bytes),
+        activations=activation_bytes(
+            config, tokens, checkpointing=checkpointing, compute_bytes=compute_bytes, residual_bytes=residual
+        ),
         head=2 * 4.0 * rows * config.vocab_size + tokens * config.hidden_size * compute_bytes,
     )
 

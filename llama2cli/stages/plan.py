@@ -41,7 +41,7 @@ class Settings(Base):
     gpus: int | None = flag(default=None, low=1, help="how many; 1024 (cpu: 1) when not given")
     tokens: str = flag(default="2T", metavar="COUNT", help="tokens to train on")  # Llama 2, section 2.1
     context: int | None = flag(default=None, low=1, help="tokens in a sequence; the model's own when not given")
-    batch_size: str = flag(default="4M", metavar="COUNT", help="tokens in a step")  # Llama 2, section 2.2
+    batch_size: str = flag(default="4Mi", metavar="COUNT", help="tokens in a step")  # Llama 2, section 2.2
     micro_batch: int = flag(default=1, low=1, help="sequences that one GPU holds at once")
     mfu: float = flag(default=budget.DEFAULT_MFU, low=0.001, high=1, help="share of the peak that is reached")
     peak: float | None = flag(default=None, low=0.001, help="TFLOP/s of one GPU, in place of the kind's")

@@ -191,4 +191,4 @@ def test_torch_is_not_imported() -> None:
 def test_the_defaults_are_the_papers() -> None:
     """2.0T tokens (section 2.1), batches of 4M tokens (section 2.2), A100-80GB (Table 2)."""
     s = Settings()
-    assert parse_count(s.tokens, "") == 2e12 and parse_count(s.batch_size, "") == 4e6 and s.gpu == "a100-80gb"
+    assert parse_count(s.tokens, "") == 2e12 and parse_count(s.batch_size, "") == 4 * 2**20 and s.gpu == "a100-80gb"
