@@ -73,7 +73,7 @@ def encode_prompt(
 ) -> list[int]:
     """The ids of a dialogue that ends with a user message; they end in `[/INST]`. Raises as `encode_dialogue` does."""
     if not messages or messages[-1]["role"] != "user":
-        raise DataError("expected a dialogue that ends with a user message", *place, "messages")
+        raise DataError("messages: expected a dialogue that ends with a user message", *place)
     return encode_dialogue(tokenizer, messages, tags=tags, place=place).ids
 
 
@@ -97,7 +97,7 @@ def rounds(
     system, n_escaped = "", 0
     for i, message in enumerate(messages):
         role = message["role"]
-        text, n = settle_tags(tokenizer, message["content"], tags, *place, f"messages[{i}].content")
+        text, n = settle_tags(tokenizer, message["content"], tags, f"messages[{i}].content", *place)
         n_escaped += n
         if role == "system" and i == 0:
             system = f"{B_SYS}{text}{E_SYS}"
@@ -109,14 +109,14 @@ def rounds(
             weights.append(message.get("weight", 1))
         else:
             wanted = "user" if len(users) == len(answers) else "assistant"
-            raise DataError(f'expected {wanted}, got "{role}"', *place, f"messages[{i}].role")
+            raise DataError(f'messages[{i}].role: expected {wanted}, got "{role}"', *place)
     if not users:
-        raise DataError("expected a user message, got none", *place, "messages")
+        raise DataError("messages: expected a user message, got none", *place)
     return users, answers, weights, n_escaped
 
 
-def settle_tags(tokenizer: Tokenizer, text: str, tags: Tags, *place: object) -> tuple[str, int]:
-    """A text under the policy for tags, and how many were escaped; raises DataError at `place` under "refuse"."""
+def settle_tags(tokenizer: Tokenizer, text: str, tags: Tags, field: str, *place: object) -> tuple[str, int]:
+    """A text under the policy for tags, and how many were escaped; raises DataError naming `field` under "refuse"."""
     if tags == "keep":
         return text, 0
     safe, n = escape(text)
@@ -126,7 +126,7 @@ def settle_tags(tokenizer: Tokenizer, text: str, tags: Tags, *place: object) -> 
     if n and tags == "refuse":
         found = TAGS.search(text)
         tag = f'"{found[0]}"' if found else "what the tokenizer makes"
-        raise DataError(f"holds {tag}, a tag of the chat format (--tags escape admits it)", *place)
+        raise DataError(f"{field}: holds {tag}, a tag of the chat format (--tags escape admits it)", *place)
     return safe, n
 
 

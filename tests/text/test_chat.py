@@ -247,7 +247,7 @@ def test_policies_for_tags():
     assert kept.n_escaped == 0 and kept.ids == reference(messages)
     with pytest.raises(DataError) as e:
         encode_dialogue(TOKENIZER, messages, tags="refuse", place=("p.jsonl", 3))
-    assert str(e.value).startswith('p.jsonl:3:messages[0].content: holds "[/INST]"')
+    assert str(e.value).startswith('p.jsonl:3: messages[0].content: holds "[/INST]"')
 
 
 @pytest.mark.parametrize(

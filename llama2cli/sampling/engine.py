@@ -1,0 +1,276 @@
+"""The generation engine: many prompts in, answers out, in the order of the prompts.
+
+Rows of a preallocated key-value cache hold prompts of different length. A row that is finished leaves the batch at
+once, the last row moves to its place, and waiting prompts fill the end: one long answer does not hold the others. Which
+rows stand together is a function of the prompts and the settings only; what an answer is does not depend on it (see
+`sampler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama2cli.errors import DataError
+from llama2cli.nn.model import KVCache, Llama
+from llama2cli.sampling.decode import Decoder, SlotView
+from llama2cli.sampling.sampler import Policy, SampleParams, draw, uniforms
+from llama2cli.text.tokenizer import Tokenizer
+
+CACHE_BYTES = 4 << 30  # of keys and values; more rows than fit are not decoded together
+PREFILL_TOKENS = 8192  # of padded prompts in one forward pass
+REFILL = 8  # waiting prompts enter when this part of the rows is free: a forward pass for one is not worth it
+
+
+@dataclass(frozen=True)
+class Result:
+    """One answer: the sampled ids (EOS with them), log-probabilities of each, and whether it was cut before EOS.
+
+    logprobs at temperature 1, sampled_logprobs under the distribution that was drawn from; empty unless asked for.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    sampled_logprobs: list[float]
+    truncated: bool
+
+
+def room(prompt: Sequence[int], params: SampleParams, context: int) -> int:
+    """How many tokens can be sampled: prompt and answer together stay within the context."""
+    return min(params.max_new_tokens, context - len(prompt))
+
+
+def not_finite() -> DataError:
+    """The error for logits that are NaN or infinite."""
+    return DataError("the model's logits are not finite: its weights are damaged, or too large for this --dtype")
+
+
+class Engine:
+    """Answers prompts with one model. rows: how many are decoded together at most."""
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, *, rows: int = 64) -> None:
+        self.model, self.rows, self.eos_id = model.eval(), rows, tokenizer.eos_id
+        self.context = model.config.max_position_embeddings
+        self.decoder = Decoder(model, rows)
+        self.talk: Talk | None = None
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SampleParams],
+        *,
+        logprobs: bool = False,
+        tick: Callable[[Result], None] | None = None,
+    ) -> list[Result]:
+        """One result per prompt, in order. tick is called with each as it is finished.
+
+        Raises ValueError for an empty prompt or one that leaves no room in the context, DataError where the model's
+        logits are not finite.
+        """
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            if not prompt or room(prompt, p, self.context) < 1:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens, the context is {self.context}")
+        results: list[Result | None] = [None] * len(prompts)
+        if prompts:
+            self.decoder.refresh()
+            batch = Batch(self, prompts, params, logprobs)
+            for i, result in batch.run():
+                results[i] = result
+                if tick is not None:
+                    tick(result)
+        return [r for r in results if r is not None]
+
+    def stream(self, prompt: Sequence[int], params: SampleParams) -> Iterator[int]:
+        """The ids of one answer as they are sampled. What the last call left in the cache is not computed again.
+
+        Closing the iterator stops. Raises as `generate` does.
+        """
+        if not prompt or room(prompt, params, self.context) < 1:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, the context is {self.context}")
+        self.talk = self.talk or Talk(self)
+        return self.talk.stream(list(prompt), params)
+
+
+def new_cache(model: Llama, rows: int, size: int) -> KVCache:
+    """An empty cache beside the model's weights, in their dtype."""
+    return KVCache(model.config, rows, size, dtype=model.embed.dtype, device=model.embed.device)
+
+
+def row_bytes(model: Llama, size: int) -> int:
+    """Bytes of the keys and values of one row of `size` tokens."""
+    c = model.config
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size * model.embed.element_size()
+
+
+class Batch:
+    """The rows that are being decoded, and the queue behind them. The first `n` rows are in use.
+
+    All per-row state is in tensors of `rows` entries, so that moving a row is one assignment each.
+    """
+
+    def __init__(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[SampleParams], logprobs: bool
+    ) -> None:
+        self.engine, self.prompts, self.params = engine, prompts, params
+        # longest first: rows of like length stand together, and the end of the queue is short work
+        self.queue = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        self.limits = limits = [room(prompt, p, engine.context) for prompt, p in zip(prompts, params)]
+        size = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+        most = max(1, CACHE_BYTES // row_bytes(engine.model, size))
+        self.rows = rows = min(engine.rows, len(prompts), most)
+        self.cache = new_cache(engine.model, rows, size)
+        device = self.cache.keys.device
+        longest_answer = max(limits)
+        self.n = 0
+        self.owner: list[int] = []  # the prompt that a row answers
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens in the cache
+        self.steps = torch.zeros(rows, dtype=torch.long, device=device)  # tokens sampled
+        self.limit = torch.zeros(rows, dtype=torch.long, device=device)
+        self.last = torch.zeros(rows, dtype=torch.long, device=device)  # the token sampled last, not in the cache yet
+        self.uniform = torch.zeros(rows, longest_answer, dtype=torch.float64, device=device)
+        self.out = torch.zeros(rows, longest_answer, dtype=torch.long, device=device)
+        self.scores = [torch.zeros(rows, longest_answer, device=device) for _ in range(2 if logprobs else 0)]
+        self.arange = torch.arange(rows, device=device)
+
+    def run(self) -> Iterator[tuple[int, Result]]:
+        """(number of the prompt, result) of each answer as it is finished."""
+        engine = self.engine
+        while self.n or self.queue:
+            free = self.rows - self.n
+            if self.queue and (self.n == 0 or free * REFILL >= self.rows):
+                logits, start = self.admit(free), self.n
+                self.n = len(self.owner)
+            else:
+                n = self.n
+                longest = self.longest
+                logits, start = engine.decoder.step(self.last[:n], self.cache, self.lengths[:n], longest), 0
+                self.lengths[:n] += 1
+                self.longest += 1
+            yield from self.sample(logits, start)
+
+    def admit(self, free: int) -> Tensor:
+        """Put waiting prompts into rows n, n+1, ... and run them through the model: the logits [m, V] after them."""
+        model, start = self.engine.model, self.n
+        width = len(self.prompts[self.queue[0]])
+        m = min(free, len(self.queue), max(1, PREFILL_TOKENS // width))
+        taken, self.queue = self.queue[:m], self.queue[m:]
+        ids = np.zeros((m, width), dtype=np.int64)
+        for row, i in enumerate(taken):
+            prompt, p, limit = self.prompts[i], self.params[i], self.limits[i]
+            ids[row, : len(prompt)] = prompt
+            self.uniform[start + row, :limit] = torch.from_numpy(uniforms(prompt, p.seed, p.index, limit))
+        self.owner += taken
+        rows = slice(start, start + m)
+        device = self.lengths.device
+        self.lengths[rows] = torch.tensor([len(self.prompts[i]) for i in taken], device=device)
+        self.limit[rows] = torch.tensor([self.limits[i] for i in taken], device=device)
+        self.steps[rows] = 0
+        self.changed()
+        part = SlotView(self.cache.keys[:, rows], self.cache.values[:, rows], [0] * m)
+        hidden = model(torch.from_numpy(ids).to(device), cache=part)
+        return model.logits(hidden[self.arange[:m], self.lengths[rows] - 1]).float()
+
+    def changed(self) -> None:
+        """Bring what is derived from the rows in use up to date."""
+        self.policy = Policy([self.params[i] for i in self.owner], self.lengths.device)
+        self.longest = max((int(x) for x in self.lengths[: len(self.owner)].tolist()), default=0)
+
+    def sample(self, logits: Tensor, start: int) -> Iterator[tuple[int, Result]]:
+        """Draw one token for rows start..n and take the finished rows out."""
+        n = self.n
+        rows = slice(start, n)
+        policy = self.policy if start == 0 else Policy([self.params[i] for i in self.owner[start:]], logits.device)
+        steps = self.steps[rows]
+        index = self.arange[rows]
+        drawn = draw(logits, policy, self.uniform[index, steps][:, None], logprobs=bool(self.scores))
+        self.last[rows] = drawn.ids_N
+        self.out[index, steps] = drawn.ids_N
+        for kept, new in zip(self.scores, (drawn.logprobs_N, drawn.sampled_N)):
+            if new is not None:
+                kept[index, steps] = new
+        self.steps[rows] += 1
+        done = (drawn.ids_N == self.engine.eos_id) | (self.steps[rows] >= self.limit[rows]) | ~drawn.sound_N
+        if done.any():
+            if not drawn.sound_N.all():
+                raise not_finite()
+            yield from self.retire((done.nonzero()[:, 0] + start).tolist())
+
+    def retire(self, done: list[int]) -> Iterator[tuple[int, Result]]:
+        """Read the answers of finished rows, and move the last rows into their places."""
+        for row in done:
+            count = int(self.steps[row])
+            ids = self.out[row, :count].tolist()
+            at_one, as_drawn = [kept[row, :count].tolist() for kept in self.scores] or ([], [])
+            yield self.owner[row], Result(ids, at_one, as_drawn, truncated=ids[-1] != self.engine.eos_id)
+        gone = set(done)
+        left = self.n - len(done)
+        holes = [row for row in done if row < left]
+        movers = [row for row in range(left, self.n) if row not in gone]
+        if movers:
+            to, frm = torch.tensor(holes, device=self.lengths.device), torch.tensor(movers, device=self.lengths.device)
+            end = int(self.lengths[frm].max())
+            for kept in (self.cache.keys, self.cache.values):
+                kept[:, to, :, :end] = kept[:, frm, :, :end]
+            for state in (self.lengths, self.steps, self.limit, self.last, self.uniform, self.out, *self.scores):
+                state[to] = state[frm]
+            for hole, mover in zip(holes, movers):
+                self.owner[hole] = self.owner[mover]
+        del self.owner[left:]
+        self.n = left
+        self.changed()
+
+
+class Talk:
+    """One row whose cache is kept from one answer to the next: a conversation."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.decoder = Decoder(engine.model, 1)
+        self.cache = new_cache(engine.model, 1, 0)
+        self.held: list[int] = []  # the ids whose keys and values are in the cache
+
+    def reserve(self, size: int) -> None:
+        """Make room for `size` tokens: the cache doubles, up to the context."""
+        if size <= self.cache.size:
+            return
+        grown = new_cache(self.engine.model, 1, min(self.engine.context, max(256, 2 * size)))
+        for kept, old in ((grown.keys, self.cache.keys), (grown.values, self.cache.values)):
+            kept[:, :, :, : old.shape[3]] = old
+        self.cache = grown
+
+    def stream(self, prompt: list[int], params: SampleParams) -> Iterator[int]:
+        """The ids of an answer, one at a time."""
+        engine, limit = self.engine, room(prompt, params, self.engine.context)
+        model, device = engine.model, self.cache.keys.device
+        uniform = torch.from_numpy(uniforms(prompt, params.seed, params.index, limit)).to(device)
+        policy = Policy([params], device)
+        shared = 0
+        while shared < min(len(self.held), len(prompt) - 1) and self.held[shared] == prompt[shared]:
+            shared += 1
+        with torch.inference_mode():
+            self.decoder.refresh()
+            self.reserve(len(prompt) + 1)
+            del self.held[shared:]
+            part = SlotView(self.cache.keys, self.cache.values, [shared])
+            hidden = model(torch.tensor([prompt[shared:]], device=device), cache=part)
+            self.held += prompt[shared:]
+            logits = model.logits(hidden[:, -1]).float()
+        for step in range(limit):
+            with torch.inference_mode():  # not around the yield: the caller's code is no inference
+                drawn = draw(logits, policy, uniform[step : step + 1, None])
+                if not drawn.sound_N.all():
+                    raise not_finite()
+                token = int(drawn.ids_N)
+            yield token
+            if token == engine.eos_id or step + 1 == limit:
+                return
+            with torch.inference_mode():
+                self.reserve(len(self.held) + 1)
+                length = torch.tensor([len(self.held)], device=device)
+                logits = self.decoder.step(drawn.ids_N, self.cache, length, len(self.held))
+                self.held.append(token)
