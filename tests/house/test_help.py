@@ -35,16 +35,16 @@ def ask(*args: str) -> tuple[str, int, list[str]]:
 
 
 def examples(doc: str) -> list[str]:
-    """The command lines under the `Example:` that ends a docstring; empty when it does not end with one."""
-    text = inspect.cleandoc(doc).replace("\\\n", " ")
-    _, mark, tail = text.rpartition("\nExample:\n")
-    lines = tail.splitlines()
-    return [line.strip() for line in lines] if mark and lines and all(line.startswith("  ") for line in lines) else []
+    """The lines under the `Example:` that ends a docstring; empty when it does not end with one."""
+    _, mark, tail = inspect.cleandoc(doc).rpartition("\nExample:\n")
+    lines = [line for line in tail.splitlines() if line.strip()]
+    return [line.strip() for line in lines] if mark and all(line.startswith("  ") for line in lines) else []
 
 
-def ours(line: str) -> list[list[str]]:
-    """The arguments of each `llama2 ...` in a shell line with pipes."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
+def ours(lines: list[str]) -> list[list[str]]:
+    """The arguments of each `llama2 ...` in the lines of a shell script with pipes."""
+    script = "\n".join(lines).replace("\\\n", " ").replace("\n", " ;\n")
+    lexer = shlex.shlex(script, posix=True, punctuation_chars="|&;<>()")
     lexer.whitespace_split = True
     commands: list[list[str]] = [[]]
     redirect = False
@@ -93,7 +93,7 @@ def test_help_is_light_and_ends_with_an_example(command: str) -> None:
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_example_is_accepted(command: str) -> None:
     """The example's own command line parses: its flags exist, its values have the right type."""
-    found = [args for line in examples(cli.stage(command).Settings.__doc__ or "") for args in ours(line)]
+    found = ours(examples(cli.stage(command).Settings.__doc__ or ""))
     assert any(args[0] == command for args in found), f"no example of {command} itself"
     for args in found:
         parses(args)
@@ -123,12 +123,13 @@ def test_an_example_with_a_lost_flag_is_found() -> None:
     assert parses(["plan", "7b", "--gpus", "8"]).gpus == 8
     for line in ("llama2 plan 7b --gpuz 8", "llama2 plan 7b --gpus many", "cat x | llama2 plan --nothing"):
         with pytest.raises((typer.TyperException, SystemExit)):
-            parses(ours(line)[0])
+            parses(ours([line])[0])
 
 
 def test_a_docstring_without_example_is_found() -> None:
     """The example must be the end, and indented."""
     assert examples("What it does.\n\nExample:\n  llama2 plan 7b | jq .\n") == ["llama2 plan 7b | jq ."]
+    assert ours(["llama2 plan 7b \\", "--json | jq .", "x | llama2 chat > y"]) == [["plan", "7b", "--json"], ["chat"]]
     assert examples("What it does.") == []
     assert examples("What it does.\n\nExample:\n  llama2 plan\n\nMore words.") == []
 
