@@ -77,7 +77,7 @@ def cut(text: str, split: re.Pattern[str]) -> list[str]:
 
 
 def parser(fields: str | None) -> Callable[[Place, Item], dict[str, Any]]:
-    """A function from items to documents: dicts with a "text" and a "source".
+    """A function from items to documents: dicts with a "text", and a "source" where record or text file give one.
 
     fields: "a,b,c?" makes the text of these fields, empty ones left out, with a blank line between them; one that ends
     in "?" may be missing. The fields that made the text are gone from the record. Raises Misuse for no name, and the
@@ -90,12 +90,9 @@ def parser(fields: str | None) -> Callable[[Place, Item], dict[str, Any]]:
 
     def parse(place: Place, item: Item) -> dict[str, Any]:
         if isinstance(item.payload, str):
-            return {"text": item.payload, "source": item.source}
+            return {"text": item.payload, **({"source": item.source} if is_text(place.file) else {})}
         record = decode(item.payload, place)
-        if names:
-            record = _joined(record, names, place)
-        record = check(record, place)
-        return record if "source" in record else {**record, "source": item.source}
+        return check(_joined(record, names, place) if names else record, place)
 
     return parse
 
@@ -125,12 +122,12 @@ class Filter:
         self.sources = frozenset(sources)
         self.patterns = [compiled(p, "--exclude-pattern") for p in patterns]
 
-    def reason(self, document: dict[str, Any]) -> tuple[str, str] | None:
+    def reason(self, source: str, text: str) -> tuple[str, str] | None:
         """("source", its name) or ("pattern", the first that matches), or None for a document that stays."""
-        if document["source"] in self.sources:
-            return ("source", document["source"])
+        if source in self.sources:
+            return ("source", source)
         for pattern in self.patterns:
-            if pattern.search(document["text"]):
+            if pattern.search(text):
                 return ("pattern", pattern.pattern)
         return None
 

@@ -62,10 +62,10 @@ class TokenFolder:
     def open(cls, path: str | Path) -> TokenFolder:
         """Open DIR, or one source of it as DIR/SOURCE. Raises DataError for what is not a token folder."""
         path = Path(path)
-        manifest = _manifest(path)
+        manifest = read_manifest(path)
         if "sources" not in manifest:
             return cls(path, [(path, manifest)], manifest["source"])
-        parts = [(path / folder, _manifest(path / folder)) for folder in manifest["sources"].values()]
+        parts = [(path / folder, read_manifest(path / folder)) for folder in manifest["sources"].values()]
         for folder, part in parts:
             if "sources" in part or part["tokenizer_sha256"] != parts[0][1]["tokenizer_sha256"]:
                 raise DataError("does not belong to the folder that it is in", folder / MANIFEST)
@@ -112,7 +112,7 @@ class TokenFolder:
 _COUNTS = {"vocab_size": int, "tokens": int, "documents": int, "bytes": int, "tokenizer_sha256": str}
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a token folder, seen to have what we read of it. Raises DataError."""
     file = path / MANIFEST
     if not path.exists():
@@ -143,6 +143,15 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"is damaged ({e})", file) from None
     return manifest
+
+
+def is_token_folder(path: Path) -> bool:
+    """Whether a folder holds nothing but what a ShardWriter makes: it may be replaced."""
+    if not path.is_dir():
+        return False
+    ours = re.compile(r"manifest\.json|shard-\d{5}\.safetensors").fullmatch
+    inside = [(p, p.parent == path) for p in path.rglob("*")]
+    return all(ours(p.name) if p.is_file() else p.is_dir() and top for p, top in inside)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse
 from llama2cli.text import sentencepiece_proto as sp_proto
+from llama2cli.text.folders import POINTERS, resolve_model
 from llama2cli.text.segments import MARK, Code, SegmentCache, cuttable, unpack
 
 if TYPE_CHECKING:
@@ -130,8 +132,12 @@ def check(proto: bytes, name: str) -> sp_proto.Spec:
     try:
         spec = sp_proto.read(proto)
     except ValueError as e:
-        hint = "; a Git LFS pointer, not the file" if proto.startswith(b"version https://git-lfs") else ""
-        raise DataError(f"is no SentencePiece model ({e}){hint}", name) from None
+        what = f"is no SentencePiece model ({e})"
+        if proto.startswith(b"version https://git-lfs"):
+            what = "is a Git LFS pointer, not the tokenizer itself"
+        elif re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", proto):
+            what = "is a tiktoken vocabulary (Llama 3's), not Llama 2's tokenizer, which is SentencePiece BPE"
+        raise DataError(what, name) from None
     kind = sp_proto.MODEL_TYPES.get(spec.model_type, str(spec.model_type))
     if spec.model_type != sp_proto.BPE:
         raise DataError(f"is a SentencePiece {kind} model; Llama 2's tokenizer is SentencePiece BPE", name)
@@ -153,6 +159,8 @@ def check(proto: bytes, name: str) -> sp_proto.Spec:
 def find(path: Path) -> Path:
     """The `.model` file of a path that a user gave. Raises DataError."""
     if path.is_file():
+        if path.name in POINTERS:
+            return find(resolve_model(path))
         if path.suffix == ".json":
             raise DataError(
                 "is a tokenizer of the `tokenizers` library; Llama 2's is a SentencePiece tokenizer.model", path
@@ -161,17 +169,13 @@ def find(path: Path) -> Path:
     if not path.exists():
         raise DataError("no such tokenizer: a tokenizer.model file, or a folder that holds one, is needed", path)
     if not (path / "tokenizer.model").is_file():
-        from llama2cli.text.folders import resolve_model
-
-        folder = resolve_model(path)
-        if not (folder / "tokenizer.model").is_file():
-            if (folder / "tokenizer.json").is_file():
-                why = "has tokenizer.json but no tokenizer.model: not Llama 2's tokenizer (Llama 3 and others are so)"
-            else:
-                why = "has no tokenizer.model"
-            raise DataError(why, folder)
-        path = folder
-    return path / "tokenizer.model"
+        path = path if (path / "tokenizer.json").is_file() else resolve_model(path)
+    if (path / "tokenizer.model").is_file():
+        return path / "tokenizer.model"
+    if (path / "tokenizer.json").is_file():
+        why = "has tokenizer.json but no tokenizer.model: not Llama 2's tokenizer (Llama 3's and others' are so)"
+        raise DataError(why, path)
+    raise DataError("has no tokenizer.model", path)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -184,21 +188,29 @@ _words = re.compile(r" *[^ \n\t\0\u2585]+| +").findall
 def count_words(texts: Iterable[str], *, sample: float = 1.0, seed: int = 0) -> Counter[str]:
     """How often each word stands in the texts, as they will be encoded: with a space before the first line only.
 
-    sample: the share of lines that is looked at. The rarest words are dropped where there are more than MAX_WORDS.
+    sample: the share of lines that is looked at; which ones depends on the text and the seed alone.
     """
     counts: Counter[str] = Counter()
-    draw = random.Random(seed).random
-    floor = 0
     for text in texts:
+        draw = random.Random(crc32(text.encode(), seed & 0xFFFFFFFF)).random if sample < 1 else None
         for line in (" " + text.replace(MARK, " ")).split("\n"):
-            if line and (sample >= 1 or draw() < sample):
+            if line and (draw is None or draw() < sample):
                 counts.update(_words(line))
-        if len(counts) > MAX_WORDS:
-            while len(counts) > MAX_WORDS // 2:
-                floor += 1
-                counts = Counter({w: n for w, n in counts.items() if n > floor})
-            console.warn(f"many distinct words: those seen {floor} times or less so far are forgotten", "rare words")
     return counts
+
+
+def forget_rare(counts: Counter[str], most: int = MAX_WORDS) -> None:
+    """Where there are more than `most` words, drop the rarest until half of that is left, with a warning."""
+    if len(counts) <= most:
+        return
+    floor = 0
+    while len(counts) > most // 2:
+        floor += 1
+        for word in [w for w, n in counts.items() if n <= floor]:
+            del counts[word]
+    console.warn(
+        f"more than {most:,} different words: those seen {floor} times or less so far are forgotten", "rare words"
+    )
 
 
 def train(
@@ -209,36 +221,39 @@ def train(
     sample: float = 1.0,
     seed: int = 0,
 ) -> bytes:
-    """The bytes of a `.model` file with at most `vocab_size` pieces, fewer where the texts do not give that many.
-
-    The same texts in the same order give the same bytes. Raises Misuse for a size below 260, DataError for no text.
-    """
-    if vocab_size < FLOOR:
-        raise Misuse(
-            f"expected at least {FLOOR} (3 control pieces, 256 bytes, the space), got {vocab_size}", "--vocab-size"
-        )
+    """The bytes of a `.model` file: `fit` of `count_words`. Raises DataError for no text."""
     counts = count_words(texts, sample=sample, seed=seed)
     if not counts:
-        raise DataError("no text to train on")
+        raise DataError("there is no text to train on")
+    return fit(counts, vocab_size, character_coverage=character_coverage)
+
+
+def fit(counts: Counter[str], vocab_size: int, *, character_coverage: float = COVERAGE) -> bytes:
+    """The bytes of a `.model` file with `vocab_size` pieces, fewer where the words do not give that many.
+
+    The same counts in the same order give the same bytes. Raises Misuse for a size below FLOOR.
+    """
+    if vocab_size < FLOOR:
+        raise Misuse(f"expected at least {FLOOR} (3 control, 256 bytes, the space), got {vocab_size}", "--vocab-size")
     room = max(vocab_size, FIXED + len(set().union(*counts)))  # SentencePiece fails where its alphabet does not fit
-    proto = _train(counts, room, character_coverage)
+    proto = _fit(counts, room, character_coverage)
     if room == vocab_size:
         return proto
     # A small vocabulary. The alphabet stands last in a model, most frequent first; merges get the room it leaves.
     pieces = sp_proto.read(proto).pieces
     alphabet = [i for i, p in enumerate(pieces) if i >= FIXED and len(p.text) == 1]
     if FIXED + len(alphabet) <= vocab_size:
-        return _train(counts, vocab_size, character_coverage)
+        return _fit(counts, vocab_size, character_coverage)
     alphabet.sort(key=lambda i: pieces[i].text != MARK)
     return sp_proto.edit(proto, keep=[*range(FIXED), *sorted(alphabet[: vocab_size - FIXED])])
 
 
-def _train(counts: Counter[str], vocab_size: int, character_coverage: float) -> bytes:
-    import sentencepiece
+def _fit(counts: Counter[str], vocab_size: int, character_coverage: float) -> bytes:
+    from sentencepiece import SentencePieceTrainer
 
     rows = (f"{word[at : at + MAX_WORD]}\t{n}" for word, n in counts.items() for at in range(0, len(word), MAX_WORD))
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    options: dict[str, Any] = dict(
         sentence_iterator=rows,
         model_writer=out,
         input_format="tsv",
@@ -261,4 +276,8 @@ def _train(counts: Counter[str], vocab_size: int, character_coverage: float) -> 
         num_threads=1,  # it stands in the model's bytes
         minloglevel=2,
     )
+    try:
+        SentencePieceTrainer.train(**options)
+    except RuntimeError as e:
+        raise DataError(f"SentencePiece cannot train on this text: {e}") from None
     return sp_proto.edit(out.getvalue(), dummy_prefix=True)

@@ -3,13 +3,13 @@
 `tokenizer.model` goes out as it came in. `tokenizer.json` says the same to the `tokenizers` library, and
 `tokenizer_config.json` has transformers use it. Choices, each for ids equal to ours:
 
-1. The dummy space is a normalizer (Prepend), as in the file that Meta published, not a Metaspace pre-tokenizer, which
-   transformers 5 prefers: Metaspace puts no space before a text that begins with one, SentencePiece does.
-2. So the class is PreTrainedTokenizerFast: LlamaTokenizer of transformers 5 would install Metaspace whatever the file says.
-3. A merge is every cut of a piece into two pieces, by the id of the whole, as transformers' own converter has it; control
-   and byte pieces take no part, because SentencePiece never makes them from text.
+1. The dummy space is a normalizer (Prepend), not the Metaspace pre-tokenizer that transformers 5 prefers: Metaspace
+   puts no space before a text that begins with one, SentencePiece does.
+2. So the class is PreTrainedTokenizerFast: LlamaTokenizer of transformers 5 installs Metaspace whatever the file says.
+3. A merge is every cut of a piece into two pieces, by the score of the whole, as transformers' own converter has it;
+   control and byte pieces take no part, because SentencePiece never makes them from text.
 
-One difference is the library's nature: control pieces are parsed in text, so "</s>" becomes id 2 there; ours never does.
+One difference is the library's nature: it parses control pieces in text, so "</s>" becomes id 2 there, never here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def write_tokenizer_files(
 ) -> None:
     """Write tokenizer.model, tokenizer.json and tokenizer_config.json, so that AutoTokenizer gives our ids after BOS.
 
-    context: positions of the model. chat_template: Jinja for transformers' `apply_chat_template`. Without tokenizer.json
-    (with a warning) where the model normalises text or has user-defined symbols: no Llama tokenizer does.
+    context: positions of the model. chat_template: Jinja for transformers' `apply_chat_template`. Where the model
+    normalises text or has user-defined symbols (no Llama tokenizer does), tokenizer.json is left out with a warning.
     """
     folder = Path(folder)
     atomic_write(folder / "tokenizer.model", tokenizer.proto)
@@ -51,7 +51,7 @@ def _dump(value: Any) -> str:
 
 
 def tokenizer_config(spec: Spec, context: int, chat_template: str | None = None) -> dict[str, Any]:
-    """What tokenizer_config.json holds. BOS is added and EOS is not, as by Meta's; padding is <unk> where there is no pad."""
+    """What tokenizer_config.json holds: BOS is added and EOS is not, as by Meta's; <unk> pads where there is no pad."""
     pad = spec.pieces[spec.pad_id].text if 0 <= spec.pad_id < len(spec.pieces) else spec.pieces[UNK].text
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

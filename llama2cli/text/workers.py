@@ -1,7 +1,7 @@
 """Map a function over chunks of work in child processes, in order, with bounded memory.
 
-The children are forked, so the function and all it refers to (a tokenizer, say) need not be sent; only chunks and results
-go through pipes. A child whose parent has died reads the end of its pipe and leaves.
+The children are forked, so the function and all it refers to (a tokenizer, say) need not be sent; only chunks and
+results go through pipes. A child whose parent has died reads the end of its pipe and leaves.
 """
 
 from __future__ import annotations
@@ -42,11 +42,23 @@ def ordered(function: Callable[[T], R], chunks: Iterable[T], *, workers: int) ->
     if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(function, waiting)
         return
-    for first in islice(waiting, 1):
-        yield from _spread(function, chain([first], waiting), workers)
+    failures: list[Failure] = []
+    guarded = _until_failure(waiting, failures)  # what is wrong with earlier chunks is told first
+    first = list(islice(guarded, workers))
+    if first:
+        yield from _spread(function, chain(first, guarded), len(first))
+    if failures:
+        raise failures[0]
 
 
-def _spread(function: Callable[[T], R], chunks: Iterator[T], workers: int) -> Iterator[R]:
+def _until_failure(chunks: Iterator[T], failures: list[Failure]) -> Iterator[T]:
+    try:
+        yield from chunks
+    except Failure as e:
+        failures.append(e)
+
+
+def _spread(function: Callable[[T], R], chunks: Iterable[T], workers: int) -> Iterator[R]:
     pool: list[_Worker] = []
     for _ in range(workers):
         pool.append(_Worker(function, [w.pipe for w in pool]))
@@ -63,23 +75,13 @@ def _spread(function: Callable[[T], R], chunks: Iterator[T], workers: int) -> It
 
     threads = ThreadPoolExecutor(workers)
     pending: deque[Future[R]] = deque()
-    unreadable: Exception | None = None
     try:
-        while True:
-            try:
-                chunk = next(chunks)
-            except StopIteration:
-                break
-            except Failure as e:  # what is wrong with earlier chunks is told first
-                unreadable = e
-                break
+        for chunk in chunks:
             pending.append(threads.submit(call, chunk))
             if len(pending) > AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-        if unreadable is not None:
-            raise unreadable
     finally:
         for future in pending:
             future.cancel()
