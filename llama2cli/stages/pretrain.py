@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llama2cli.training.dist import World
     from llama2cli.training.run import Run
     from llama2cli.training.signals import Stop
+    from llama2cli.training.state import Machine, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +110,8 @@ class Settings(Compute):
 
 
 # What may differ when a run is resumed: it changes what is measured and kept, not the weights. --steps may grow; the
-# number of threads is taken over from the run, that of processes has a check of its own.
-FREE = frozenset({"eval_every", "save_every", "keep", "steps", "threads", "processes"})
+# number of processes has a check of its own.
+FREE = frozenset({"eval_every", "save_every", "keep", "steps", "processes"})
 
 
 def run(settings: Settings) -> dict[str, Any] | None:
@@ -169,8 +170,6 @@ class Job:
 
 def prepare(settings: Settings, world: World) -> Job:
     """Open tokenizer and data, choose the model's shape and the length of the run. Reads no weights."""
-    import torch
-
     from llama2cli.nn import checkpoint
     from llama2cli.nn.config import learning_rate
     from llama2cli.text.folders import resolve_model
@@ -224,7 +223,6 @@ def prepare(settings: Settings, world: World) -> Job:
         "activation_checkpointing": settings.activation_checkpointing,
         "compile": settings.compile,
         "kernels": settings.kernels,
-        "threads": torch.get_num_threads(),
     }
     return Job(settings, world, tokenizer, config, init, named, corpus, shape, context, steps, resolved)
 
@@ -344,14 +342,18 @@ def show_data(described: list[dict[str, Any]], rows: int) -> None:
 
 def train(job: Job, stop: Stop) -> dict[str, Any]:
     """Open the run folder, go on where it stands, train to the end."""
+    from llama2cli.training import state
     from llama2cli.training.run import METRICS, Run
 
+    at, machine = state.State(), None
     folder = Run(job.settings.out, resume=job.settings.resume, world=job.world)
     try:
         if folder.latest:
             check_resumed(job, folder)
+            at, machine = state.read(folder.step_folder)
+            folder.set_best(at.best[0] if at.best else None)
         if folder.latest < job.steps:
-            go(job, folder, stop)
+            go(job, folder, at, machine, stop)
         last = folder.last(METRICS)
     finally:
         folder.close()
@@ -380,8 +382,10 @@ def check_resumed(job: Job, folder: Run) -> None:
         )
 
 
-def go(job: Job, folder: Run, stop: Stop) -> None:
-    """Make the model, put back what was saved, train, save."""
+def go(job: Job, folder: Run, at: State, machine: Machine | None, stop: Stop) -> None:
+    """Make the model, put back what was saved, train, save. machine: of the saved step, None for a fresh run."""
+    import torch
+
     from llama2cli.nn import checkpoint, ops
     from llama2cli.training import card, heldout, meter, optim, state
     from llama2cli.training.build import build
@@ -395,7 +399,8 @@ def go(job: Job, folder: Run, stop: Stop) -> None:
     # the process: threads and kernels as they were, before the first operation on tensors
     ops.setup_process()
     ops.force(settings.kernels)
-    at = state.read(folder.step_folder, world) if folder.latest else state.State()
+    if machine is not None:
+        state.take_over(machine, world, folder.folder)
 
     # model and optimizer
     model, loss = build(
@@ -420,7 +425,8 @@ def go(job: Job, folder: Run, stop: Stop) -> None:
 
     def write_settings() -> None:
         told = {"settings": relative(dataclasses.asdict(settings)), "resolved": resolved}
-        folder.write_settings(told | {"provenance": origin | {"kernels": ops.choices()}})
+        used = {"threads": torch.get_num_threads(), "kernels": ops.choices()}
+        folder.write_settings(told | {"provenance": origin | used})
 
     def save(aside: Path, metrics: Mapping[str, Any]) -> None:
         size = f"{budget.n_params(job.config):,} parameters, context {job.context:,}"

@@ -107,3 +107,9 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], here: World, *, dtype: t
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has neither averages nor scaled sums
+
+
+def reshard(root: nn.Module) -> None:
+    """Give gathered weights free after a forward pass that no backward pass follows."""
+    if hasattr(root, "reshard"):
+        root.reshard()

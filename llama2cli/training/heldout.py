@@ -88,6 +88,7 @@ def measure(
             micro = as_micro(np.stack(inputs), np.stack(targets))
             with autocast(world.device, dtype):
                 nlls[i] += float(loss(**moved(micro, world.device)))
+    dist.reshard(loss)
     return summary(parts, dist.sums(world, nlls))
 
 

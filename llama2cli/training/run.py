@@ -139,11 +139,22 @@ class Run:
             folders.publish_folder(aside, final)
             folders.atomic_write(self.folder / LATEST, step_name(step) + "\n")
             if best:
-                folders.atomic_write(self.folder / BEST, step_name(step) + "\n")
+                self.set_best(step)
             if keep:
                 self._prune(keep, step)
         dist.barrier(self.world)
         self.latest = step
+
+    def set_best(self, step: int | None) -> None:
+        """Let `best` name a saved step, or nothing. A save does so last; who resumes does it again: a kill may have
+        come between, or a person may have moved `latest` back."""
+        if not self.world.first:
+            return
+        path = self.folder / BEST
+        if step is None:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_text() != step_name(step) + "\n":
+            folders.atomic_write(path, step_name(step) + "\n")
 
     def _prune(self, keep: int, newest: int) -> None:
         """Remove all but the newest `keep` steps and the best."""

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,26 +110,37 @@ def save(
         (folder / FOLDER / STATE).write_text(to_json(asdict(state) | machine))
 
 
-def read(folder: Path, world: World) -> State:
-    """The state that a step folder holds; takes over its number of threads and its choice of kernels.
+class Machine(NamedTuple):
+    """What a saved step was computed with: processes, threads of each, kernels."""
 
-    Call it before the first operation on tensors. Raises Misuse where the run had another number of ranks, DataError
-    where the file is not what it should be.
-    """
+    ranks: int
+    threads: int
+    kernels: dict[str, Any]
+
+
+def read(folder: Path) -> tuple[State, Machine]:
+    """The state that a step folder holds. Raises DataError where the file is not what it should be."""
     path = folder / FOLDER / STATE
     try:
         content = json.loads(path.read_bytes())
         best = content["best"]
         state = State(content["step"], content["position"], tuple(best) if best else None, content["extra"])
-        ranks, threads, kernels = content["ranks"], content["threads"], content["kernels"]
+        return state, Machine(content["ranks"], content["threads"], content["kernels"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise DataError(f"cannot be read as the state of a run ({type(e).__name__}: {e})", path) from None
-    if ranks != world.size:
-        fix = f"resume it with torchrun --nproc-per-node {ranks}" if ranks > 1 else "resume it without torchrun"
-        raise Misuse(f"the run has {ranks} processes, now there are {world.size}; {fix}, or --init from it", folder)
-    torch.set_num_threads(threads)
-    ops.restore(kernels)
-    return state
+
+
+def take_over(machine: Machine, world: World, place: object) -> None:
+    """Compute as the saved step was computed: the same threads and kernels. Call it before the first operation.
+
+    Raises Misuse where the run had another number of processes.
+    """
+    if machine.ranks != world.size:
+        n = machine.ranks
+        fix = f"resume it with torchrun --nproc-per-node {n}" if n > 1 else "resume it without torchrun"
+        raise Misuse(f"the run has {n} processes, now there are {world.size}; {fix}, or --init from it", place)
+    torch.set_num_threads(machine.threads)
+    ops.restore(machine.kernels)
 
 
 @torch.no_grad()
