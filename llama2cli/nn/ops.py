@@ -1,30 +1,91 @@
-"""The operations of the model, plain form: what every faster path must equal.
+"""The operations of the model, and the only place that chooses how each is computed.
 
-Letters of shapes: B rows, T positions, H query heads, G key/value heads, K head size, D width, V vocabulary, N tokens.
+The plain forms below (`plain_*`) are the specification: torch's own operators, on any device and dtype, in compiled
+regions too. On a CPU some have a faster form in `nn.cpu`. `setup_process` checks each once, on this machine, and takes
+it when it is equal within rounding and faster; `choices` gives what was taken, `restore` makes another process take the
+same, so that a resumed run computes the same bytes. Before `setup_process`, after `force("plain")`, and with
+LLAMA2_OPS=plain in the environment, the plain forms are used.
+
+Letters of shapes: B rows, T positions, H query heads, G key/value heads, K head size, D width, F feed-forward width,
+V vocabulary, N tokens.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2cli.nn import cpu, loss
+
 _mode: str = os.environ.get("LLAMA2_OPS", "auto")
+_picks: dict[str, str] = {}  # "operation.dtype" -> "fast" or "plain"
+_onednn = False  # are fp32 products sent to oneDNN at this moment
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+# --- plain forms --------------------------------------------------------------------------------------------------
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x if x.dtype == torch.float64 else x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * weight).to(x.dtype)
+
+
+def plain_rope(
+    q_BTHK: Tensor, k_BTGK: Tensor, cos: Tensor, sin: Tensor, positions_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if positions_BT is None:
+        cos, sin = cos[None, : q_BTHK.shape[1], None], sin[None, : q_BTHK.shape[1], None]
+    else:
+        cos, sin = cos[positions_BT][:, :, None], sin[positions_BT][:, :, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    return rotate(q_BTHK), rotate(k_BTGK)
+
+
+def plain_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    repeat = q.shape[1] // k.shape[1]
+    if segments_BT is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=repeat > 1).transpose(1, 2)
+    # A mask needs B T T bytes, and keeps torch from its kernels for grouped heads: they are repeated instead, so that a
+    # GPU takes the kernel that never holds the B H T T scores.
+    T = q.shape[2]
+    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    seen = (seen & (segments_BT[:, :, None] == segments_BT[:, None, :]))[:, None]
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+
+# --- operations ---------------------------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., D] times weight [E, D] transposed: [..., E]."""
+    if _onednn and not torch.is_grad_enabled() and _tiny(x, weight):
+        cpu.set_onednn(False)  # BLAS has less to set up: several times faster on a few rows
+        try:
+            return F.linear(x, weight)
+        finally:
+            cpu.set_onednn(True)
     return F.linear(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32; the result has x's dtype."""
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * weight.float()).to(x.dtype)
+    if _fast("rms_norm", x) and weight.dtype == x.dtype:
+        return cpu.rms_norm(x, weight, eps)
+    return plain_rms_norm(x, weight, eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -43,61 +104,158 @@ def rope_table(head_dim: int, theta: float, n: int) -> tuple[Tensor, Tensor]:
 def rope(
     q_BTHK: Tensor, k_BTGK: Tensor, cos: Tensor, sin: Tensor, positions_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by their positions (default 0..T-1); halves of K are the two coordinates (HF's layout)."""
-    if positions_BT is None:
-        cos, sin = cos[None, : q_BTHK.shape[1], None], sin[None, : q_BTHK.shape[1], None]
-    else:
-        cos, sin = cos[positions_BT][:, :, None], sin[positions_BT][:, :, None]
+    """Rotate queries and keys by their positions (default 0..T-1), in fp32; the results have q's and k's dtype.
 
-    def rotate(x: Tensor) -> Tensor:
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-    return rotate(q_BTHK), rotate(k_BTGK)
+    The halves of K are the two coordinates (the layout of Hugging Face folders). cos, sin: a `rope_table`.
+    """
+    if _fast("rope", q_BTHK) and q_BTHK.shape[1] > 1:
+        return cpu.rope(q_BTHK, k_BTGK, cos, sin, positions_BT)
+    return plain_rope(q_BTHK, k_BTGK, cos, sin, positions_BT)
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, *, segments_BT: Tensor | None = None) -> Tensor:
-    """Causal attention with H/G query heads to a key head: [B, T, H, K]. With segments, a query sees its own only."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    gqa = q.shape[1] != k.shape[1]
-    if segments_BT is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-    T = q.shape[2]
-    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    seen = seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=gqa).transpose(1, 2)
+    """Causal attention, H/G query heads to a key head, scaled by 1/sqrt(K): [B, T, H, K].
+
+    segments_BT: int ids; a query sees the keys of its own segment at or before it (packed texts; padding is a segment).
+    """
+    if _fast("attention", q_BTHK) and q_BTHK.shape[1] > 1:
+        return cpu.attention(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+    return plain_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
 
 def linear_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, scale_N: Tensor | None = None
 ) -> Tensor:
-    """Sum over tokens of scale * -log softmax(hidden weight^T)[target], fp32; target -100 is ignored."""
-    nll = F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N, reduction="none", ignore_index=-100)
-    return (nll if scale_N is None else nll * scale_N).sum()
+    """Sum over tokens of scale * -log softmax(hidden weight^T)[target], fp32 scalar; targets of -100 are left out.
+
+    In chunks, with the gradient computed on the way: the logits are never held whole (see nn.loss).
+    """
+    if torch.compiler.is_compiling():
+        return loss.reference(hidden_ND, weight_VD, targets_N, scale_N)
+    return loss.linear_cross_entropy(hidden_ND, weight_VD, targets_N, scale_N)
 
 
 def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log softmax(hidden weight^T)[target], fp32 [N]; 0 where the target is -100."""
-    logits = F.linear(hidden_ND, weight_VD).float()
-    return -F.cross_entropy(logits, targets_N, reduction="none", ignore_index=-100)
+    """log softmax(hidden weight^T)[target], fp32 [N], 0 where the target is -100; in chunks, not differentiable."""
+    return loss.token_logprobs(hidden_ND, weight_VD, targets_N)
 
 
-def choices() -> dict[str, Any]:
-    """What was picked so far, JSON-able: `restore` of it makes another process take the same paths."""
-    return {"mode": _mode}
-
-
-def restore(picked: dict[str, Any]) -> None:
-    """Take the paths that `choices()` named in an earlier process."""
-    global _mode
-    _mode = picked.get("mode", _mode)
-
-
-def force(mode: Literal["plain", "auto"]) -> None:
-    """ "plain": torch's own operators only. "auto": the faster of the equal ones, found by a check."""
-    global _mode
-    _mode = mode
+# --- choosing -----------------------------------------------------------------------------------------------------
 
 
 def setup_process() -> None:
-    """Settings of the process that make heavy work faster and change no number."""
+    """Settings that make heavy work on a CPU faster, and the checks that choose the forms (0.2 s); call it once.
+
+    What `restore` has named is not checked again.
+    """
+    cpu.keep_memory()
+    if _mode == "plain":
+        return
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, dtype, tolerance, probe in _PROBES:
+            key = f"{name}.{_NAMES[dtype]}"
+            if key not in _picks:
+                _picks[key] = "fast" if cpu.compare(*probe(dtype), tolerance=tolerance) else "plain"
+            _apply()
+
+
+def choices() -> dict[str, Any]:
+    """What was taken so far, JSON-able: `restore` of it makes another process compute the same."""
+    return {"mode": _mode, "picks": dict(_picks)}
+
+
+def restore(taken: dict[str, Any]) -> None:
+    """Take what `choices()` named in an earlier process; nothing is timed again."""
+    global _mode
+    _mode = taken["mode"]
+    _picks.clear()
+    _picks.update(taken["picks"])
+    _apply()
+
+
+def force(mode: Literal["plain", "auto"]) -> None:
+    """ "plain": the plain forms only. "auto": what `setup_process` has taken or will take."""
+    global _mode
+    if mode not in ("plain", "auto"):
+        raise ValueError(f"expected plain or auto, got {mode!r}")
+    _mode = mode
+    _apply()
+
+
+def _apply() -> None:
+    global _onednn
+    _onednn = _mode == "auto" and _picks.get("matmul.fp32") == "fast"
+    cpu.set_onednn(_onednn)
+
+
+def _fast(name: str, x: Tensor) -> bool:
+    if _mode == "plain" or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    return _picks.get(f"{name}.{_NAMES.get(x.dtype)}") == "fast"
+
+
+def _tiny(x: Tensor, weight: Tensor) -> bool:
+    rows = x.numel() // x.shape[-1]
+    if x.dtype != torch.float32 or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    return rows == 1 or rows * weight.numel() < 1 << 20
+
+
+Pair = tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]  # the fast form and the plain one
+
+
+def _with_gradients(form: Callable[..., Any], *inputs: Tensor) -> Callable[[], list[Tensor]]:
+    """A call that gives the results of a form and the gradients of its inputs."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+
+    def call() -> list[Tensor]:
+        out = form(*leaves)
+        out = list(out) if isinstance(out, tuple) else [out]
+        return [*out, *torch.autograd.grad(out, leaves, [torch.ones_like(x) for x in out])]
+
+    return call
+
+
+def _probe_matmul(dtype: torch.dtype) -> Pair:
+    x, weight = torch.randn(512, 256, dtype=dtype), torch.randn(512, 256, dtype=dtype)
+
+    def product(on: bool) -> Callable[[], list[Tensor]]:
+        def call() -> list[Tensor]:
+            cpu.set_onednn(on)
+            return [x @ weight.t()]
+
+        return call
+
+    return product(cpu.exact()), product(False)
+
+
+def _probe_rms_norm(dtype: torch.dtype) -> Pair:
+    x, weight = torch.randn(4096, 128, dtype=dtype), torch.randn(128, dtype=dtype)
+    fast, plain = (_with_gradients(lambda x, w, f=f: f(x, w, 1e-5), x, weight) for f in (cpu.rms_norm, plain_rms_norm))
+    return fast, plain
+
+
+def _probe_rope(dtype: torch.dtype) -> Pair:
+    q, k = torch.randn(4, 256, 4, 32, dtype=dtype), torch.randn(4, 256, 4, 32, dtype=dtype)
+    table = rope_table(32, 10000.0, 256)
+    fast, plain = (_with_gradients(lambda q, k, f=f: f(q, k, *table, None), q, k) for f in (cpu.rope, plain_rope))
+    return fast, plain
+
+
+def _probe_attention(dtype: torch.dtype) -> Pair:
+    qkv = [torch.randn(2, 256, 4, 32, dtype=dtype) for _ in range(3)]
+    fast, plain = (
+        _with_gradients(lambda q, k, v, f=f: f(q, k, v, None), *qkv) for f in (cpu.attention, plain_attention)
+    )
+    return fast, plain
+
+
+_PROBES: list[tuple[str, torch.dtype, float, Callable[[torch.dtype], Pair]]] = [
+    ("matmul", torch.float32, 1e-5, _probe_matmul),  # first: the others compute with what it chooses
+    ("rms_norm", torch.float32, 1e-5, _probe_rms_norm),
+    ("rope", torch.float32, 1e-5, _probe_rope),
+    ("rope", torch.bfloat16, 1e-2, _probe_rope),
+    ("attention", torch.float32, 1e-5, _probe_attention),
+    ("attention", torch.bfloat16, 3e-2, _probe_attention),
+]

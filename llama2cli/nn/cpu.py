@@ -1,0 +1,288 @@
+"""Faster ways through the model on a CPU: the same numbers as `nn.ops`' plain forms, up to rounding.
+
+Nothing here is used unless a check found it equal and faster on this machine (`compare`, called by
+`ops.setup_process`). What each is worth was measured with `tests/bench/pretrain.py`; on machines where it gains nothing
+the check leaves it out.
+
+* oneDNN instead of BLAS for fp32 matrix products. The BLAS in torch (MKL) keeps to AVX2 on processors of other makers;
+  oneDNN, also in torch, uses AVX-512 there. Torch asks it for fp32 products only where "bf16" precision is allowed; on
+  a processor with matrix tiles (AMX) oneDNN then does round to bf16, without them it computes in fp32. `exact` tells.
+* Attention by batched products over blocks of query rows, keys beyond the block left out.
+* Rotary embedding and RMSNorm with a written backward pass and fewer passes over memory.
+* glibc told to keep freed memory: otherwise every large tensor is returned to the kernel and faulted in again.
+
+Letters of shapes: B rows, T positions, H query heads, G key/value heads, R = H/G, K head size, Z = B H, N tokens,
+D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 128  # query rows of one product
+SAVE_BYTES = 128 << 20  # probabilities of a call are kept for the backward pass up to this size, else computed again
+BLOCK_BYTES = 32 << 20  # scores held at once where they are not kept
+
+FASTER = 0.85  # a form is taken only when its time is below this share of the plain one's: ties go to the plain form
+
+
+# --- process ------------------------------------------------------------------------------------------------------
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory in the process (thresholds of mmap and trim); does nothing elsewhere."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+        if not mallopt(m_mmap_threshold, 1 << 30):
+            mallopt(m_mmap_threshold, 32 << 20)  # the most that older versions take
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 64 << 20)
+
+
+def set_onednn(on: bool) -> None:
+    """Send fp32 matrix products of this process to oneDNN, or to the BLAS that torch prefers."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if on else "ieee"  # type: ignore[attr-defined]
+
+
+def exact() -> bool:
+    """Do fp32 products by oneDNN have fp32's error here? (bf16 would be a thousand times worse.) Costs milliseconds."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [((320, 288), (288, 384)), ((384, 320), (320, 96)), ((2, 64, 48), (2, 48, 64)), ((17, 513), (513, 33))]
+    set_onednn(True)
+    try:
+        for left, right in shapes:
+            a, b = torch.randn(left, generator=generator), torch.randn(right, generator=generator)
+            for x, y in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT)):
+                truth = x.double() @ y.double()
+                if ((x @ y).double() - truth).norm() > 2e-6 * truth.norm():
+                    return False
+    finally:
+        set_onednn(False)
+    return True
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def compare(fast: Callable[[], Any], plain: Callable[[], Any], *, tolerance: float, seconds: float = 0.01) -> bool:
+    """Is `fast` equal to `plain` (relative to the norm of each result) and faster? Both return a list of tensors.
+
+    The two alternate and the best time of each counts, so that a disturbance of the machine meets both or is dropped.
+    """
+    try:
+        for got, want in zip(fast(), plain(), strict=True):
+            want = want.double()
+            if not (got.double() - want).norm() <= tolerance * want.norm():
+                return False
+    except (RuntimeError, NotImplementedError):  # an operator that this build does not have
+        return False
+    best = [math.inf, math.inf]
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 3 or (time.perf_counter() < end and rounds < 20):
+        for i, call in enumerate((fast, plain)):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+        rounds += 1
+    return best[0] < FASTER * best[1]
+
+
+# --- normalisation and rotary embedding ---------------------------------------------------------------------------
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x_ND = x.reshape(-1, x.shape[-1])
+        r_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
+        r_N1 = r_N1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_ND, weight, r_N1)
+        return torch.mul(x_ND, r_N1).mul_(weight).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight, r_N1 = ctx.saved_tensors
+        grad_ND = grad.reshape(x_ND.shape)
+        gx_ND = grad_ND * x_ND
+        along_N1 = torch.mv(gx_ND, weight)[:, None]
+        along_N1 = along_N1.mul_(r_N1).mul_(r_N1).mul_(r_N1).div_(-x_ND.shape[1])
+        dx = torch.mul(grad_ND, weight).mul_(r_N1).addcmul_(x_ND, along_N1)
+        return dx.view(grad.shape), torch.mv(gx_ND.t(), r_N1[:, 0]), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As ops.rms_norm, for fp32."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """x turned by sign * angle, [B, T, H, K] that lies in memory as [B, H, T, K]; cos, sin fp32 [1|B, T, K/2]."""
+    B, T, H, K = x_BTHK.shape
+    x = x_BTHK.transpose(1, 2)
+    if x.dtype != torch.float32:
+        x = torch.empty(B, H, T, K, dtype=torch.float32).copy_(x)
+    cos, sin = cos[:, None], sin[:, None]
+    out = torch.empty(B, H, T, K, dtype=torch.float32)
+    a, b = x[..., : K // 2], x[..., K // 2 :]
+    torch.mul(a, cos, out=out[..., : K // 2]).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=out[..., K // 2 :]).addcmul_(a, sin, value=sign)
+    return out.to(x_BTHK.dtype).transpose(1, 2)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(q, cos, sin, 1), _rotate(k, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(dq, cos, sin, -1), _rotate(dk, cos, sin, -1), None, None
+
+
+def rope(
+    q_BTHK: Tensor, k_BTGK: Tensor, cos: Tensor, sin: Tensor, positions_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As ops.rope; the results lie in memory as attention wants them, heads before positions."""
+    if positions_BT is None:
+        cos, sin = cos[None, : q_BTHK.shape[1]], sin[None, : q_BTHK.shape[1]]
+    else:
+        cos, sin = cos[positions_BT], sin[positions_BT]
+    return _Rope.apply(q_BTHK, k_BTGK, cos, sin)
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def _heads_first(x_BTHK: Tensor, repeat: int = 1) -> Tensor:
+    """[B, T, G, K] as contiguous [B G repeat, T, K]."""
+    B, T, G, K = x_BTHK.shape
+    x = x_BTHK.transpose(1, 2)
+    if repeat > 1:
+        x = x[:, :, None].expand(B, G, repeat, T, K)
+    return x.reshape(B * G * repeat, T, K)
+
+
+def _first_keys(segments_BT: Tensor) -> list[int]:
+    """For each block of queries the first key that one of them, in any row, may see (down to a multiple of 16)."""
+    T = segments_BT.shape[1]
+    first_BT = torch.stack([(row[:, None] == row[None, :]).byte().argmax(1) for row in segments_BT])
+    return [int(first_BT[:, i : i + BLOCK].min()) // 16 * 16 for i in range(0, T, BLOCK)]
+
+
+def _probabilities(q: Tensor, k: Tensor, i: int, lo: int, segments: Tensor | None, out: Tensor | None) -> Tensor:
+    """Softmax of the scores of query rows i.. (a block) on keys lo.. to the end of the block: [Z, rows, keys].
+
+    q is scaled. Scores are masked by adding -inf: torch adds several times faster than it fills under a mask.
+    """
+    end = min(q.shape[1], i + BLOCK)
+    scores = torch.bmm(q[:, i:end], k[:, lo:end].mT, out=out)
+    rows = end - i
+    causal = torch.full((rows, rows), -math.inf, dtype=q.dtype).triu_(1)
+    scores[:, :, i - lo :] += causal
+    if segments is not None:
+        other = segments[:, i:end, None] != segments[:, None, lo:end]
+        mask = torch.zeros(other.shape, dtype=q.dtype).masked_fill_(other, -math.inf)
+        scores.view(len(segments), -1, rows, end - lo).add_(mask[:, None])
+    return torch.softmax(scores, -1, out=scores)
+
+
+class _Attention(torch.autograd.Function):
+    """q, k, v: [Z, T, K] contiguous, q scaled. lows: first key of each block. segments: [B, T] or None."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, lows: list[int]) -> Tensor:
+        Z, T, _ = q.shape
+        o = torch.empty_like(q)
+        wanted = any(ctx.needs_input_grad[:3])
+        keep = wanted and Z * T * (T + BLOCK) // 2 * q.element_size() <= SAVE_BYTES
+        kept: list[Tensor] = []
+        for part in _parts(q, segments, whole=keep):
+            for i, lo in zip(range(0, T, BLOCK), lows):
+                end = min(T, i + BLOCK)
+                p = _probabilities(q[part.z], k[part.z], i, lo, part.segments, None)
+                torch.bmm(p, v[part.z, lo:end], out=o[part.z, i:end])
+                if keep:
+                    kept.append(p)
+        if wanted:
+            ctx.save_for_backward(q, k, v, o, segments, *kept)
+            ctx.lows = lows
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, segments, *kept = ctx.saved_tensors
+        T = q.shape[1]
+        do = do.contiguous()
+        along = (do * o).sum(-1, keepdim=True)
+        dq, dk, dv = torch.empty_like(q), _zeros_sum(k), _zeros_sum(v)
+        for part in _parts(q, segments, whole=bool(kept)):
+            z = part.z
+            for j, (i, lo) in enumerate(zip(range(0, T, BLOCK), ctx.lows)):
+                end = min(T, i + BLOCK)
+                p = kept[j] if kept else _probabilities(q[z], k[z], i, lo, part.segments, None)
+                _add_product(dv[z, lo:end], p.mT, do[z, i:end])
+                ds = torch.bmm(do[z, i:end], v[z, lo:end].mT)
+                ds.sub_(along[z, i:end]).mul_(p)
+                torch.bmm(ds, k[z, lo:end], out=dq[z, i:end])
+                _add_product(dk[z, lo:end], ds.mT, q[z, i:end])
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+class _Part:
+    """Some of the rows: their slice of Z, and their segments."""
+
+    def __init__(self, z: slice, segments: Tensor | None) -> None:
+        self.z, self.segments = z, segments
+
+
+def _parts(q: Tensor, segments: Tensor | None, *, whole: bool) -> list[_Part]:
+    """All of Z, or slices of it whose block of scores is small; with segments a slice holds whole rows."""
+    Z, T, _ = q.shape
+    if whole:
+        return [_Part(slice(0, Z), segments)]
+    heads = 1 if segments is None else Z // len(segments)
+    step = heads * max(1, BLOCK_BYTES // (heads * min(BLOCK, T) * T * q.element_size()))
+    return [
+        _Part(slice(z, z + step), None if segments is None else segments[z // heads : (z + step) // heads])
+        for z in range(0, Z, step)
+    ]
+
+
+def _zeros_sum(x: Tensor) -> Tensor:
+    """Where gradients of several blocks are added up: fp32 for bf16."""
+    return torch.zeros(x.shape, dtype=torch.float32 if x.dtype == torch.bfloat16 else x.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
+
+
+def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tensor | None) -> Tensor:
+    """As ops.attention: by blocks of query rows; for short rows the probabilities are kept for the backward pass."""
+    B, T, H, K = q_BTHK.shape
+    repeat = H // k_BTGK.shape[2]
+    q = _heads_first(q_BTHK * (1 / math.sqrt(K)))
+    k, v = _heads_first(k_BTGK, repeat), _heads_first(v_BTGK, repeat)
+    lows = [0] * len(range(0, T, BLOCK)) if segments_BT is None else _first_keys(segments_BT)
+    with torch.autocast("cpu", enabled=False):
+        o = _Attention.apply(q, k, v, segments_BT, lows)
+    return o.view(B, H, T, K).transpose(1, 2)
