@@ -336,6 +336,16 @@ def test_wrong_folders_are_refused_in_one_line(case: str, folder: Path) -> None:
     assert str(folder) in message and expected in message and "\n" not in message
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_each_kind_of_value_that_is_not_finite(value: float, dtype: torch.dtype) -> None:
+    tensor = torch.ones(3, 5, dtype=dtype)
+    assert checkpoint.check_finite(tensor, "x") is tensor
+    tensor[1, 2] = value
+    with pytest.raises(DataError, match="x: 1 of 15 values are not finite"):
+        checkpoint.check_finite(tensor, "x")
+
+
 HOSTILE_INDEX: dict[str, tuple[Any, str]] = {
     "outside": ({"x": "../../x.safetensors"}, "expected a safetensors file of this folder"),
     "absolute": ({"x": "/etc/passwd"}, "expected a safetensors file of this folder"),

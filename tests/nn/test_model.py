@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama2cli.nn import ops
+from llama2cli.nn import cpu, ops
 from llama2cli.nn.checkpoint import parts, state_from_hf, state_to_hf
-from llama2cli.nn.config import ModelConfig
+from llama2cli.nn.config import ModelConfig, preset
 from llama2cli.nn.model import KVCache, Llama, initial_value
 
 SHAPES = {
@@ -21,14 +21,18 @@ SHAPES = {
     "GQA": ModelConfig(101, 48, 96, 2, 6, 2, 64, rms_norm_eps=1e-6),
     "MQA, another base": ModelConfig(64, 32, 48, 2, 4, 1, 64, rope_theta=500.0),
     "tied": ModelConfig(80, 32, 64, 2, 4, 2, 64, tie_word_embeddings=True),
+    "1m": preset("1m"),
 }
 
 
-@pytest.fixture(autouse=True)
-def _both_paths(request: pytest.FixtureRequest) -> object:
-    """Ops as they were before, whatever a test forces."""
+@pytest.fixture(params=["plain", "fast"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test with torch's own operators, and with all of the faster forms, whatever this machine would choose."""
     before = ops.choices()
-    yield
+    names = ["rms_norm", "rope", "attention", *(["matmul"] if cpu.exact() else [])]
+    picks = {f"{name}.fp32": "fast" for name in names} if request.param == "fast" else {}
+    ops.restore({"mode": "auto", "picks": picks})
+    yield request.param
     ops.restore(before)
 
 
@@ -73,13 +77,11 @@ def close_gradients(ours: Llama, theirs: LlamaForCausalLM) -> None:
         close(grad, want[name])
 
 
-@pytest.mark.parametrize("mode", ["plain", "auto"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_and_gradients(shape: str, mode: Literal["plain", "auto"]) -> None:
-    ops.force(mode)
+def test_logits_and_gradients(shape: str, path: str) -> None:
     config = SHAPES[shape]
     theirs, ours = pair(config)
-    ids = torch.randint(0, config.vocab_size, (3, 17))
+    ids = torch.randint(0, config.vocab_size, (3, 150 if shape == "1m" else 17))
     want = theirs(ids).logits
     got = ours.logits(ours(ids))
     close(got, want)
@@ -90,7 +92,7 @@ def test_logits_and_gradients(shape: str, mode: Literal["plain", "auto"]) -> Non
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("shape", ["MHA", "GQA", "tied"])
-def test_padding(shape: str, side: str) -> None:
+def test_padding(shape: str, side: str, path: str) -> None:
     config = SHAPES[shape]
     theirs, ours = pair(config)
     T, lengths = 12, [12, 7, 1]
@@ -105,7 +107,7 @@ def test_padding(shape: str, side: str) -> None:
     close_gradients(ours, theirs)
 
 
-def test_packed_segments_are_separate_texts() -> None:
+def test_packed_segments_are_separate_texts(path: str) -> None:
     config = SHAPES["GQA"]
     theirs, ours = pair(config)
     texts = [torch.randint(0, config.vocab_size, (n,)) for n in (5, 1, 9)]
@@ -163,6 +165,16 @@ def test_cache_rows_of_different_length(shape: str) -> None:
     logits = ours.logits(ours(ids, cache=cache))
     for row, n in enumerate(prompts):
         close(logits[row], want[row][n + 6 : n + 10])
+
+
+@torch.no_grad()
+def test_cache_takes_several_tokens_at_once() -> None:
+    config = SHAPES["GQA"]
+    theirs, ours = pair(config)
+    text = torch.randint(0, config.vocab_size, (2, 16))
+    cache = KVCache(config, 2, 16, dtype=torch.float32, device="cpu")
+    pieces = [ours.logits(ours(text[:, a:b], cache=cache)) for a, b in ((0, 5), (5, 9), (9, 10), (10, 16))]
+    close(torch.cat(pieces, dim=1), theirs(text).logits)
 
 
 @torch.no_grad()
@@ -257,10 +269,8 @@ def loss_and_gradients(model: Llama, ids: Tensor) -> tuple[Tensor, dict[str, Ten
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("mode", ["plain", "auto"])
 @pytest.mark.parametrize("shape", ["GQA", "tied"])
-def test_activation_checkpointing_changes_nothing(shape: str, mode: Literal["plain", "auto"]) -> None:
-    ops.force(mode)
+def test_activation_checkpointing_changes_nothing(shape: str, path: str) -> None:
     config = SHAPES[shape]
     _, ours = pair(config)
     ids = torch.randint(0, config.vocab_size, (2, 20))
