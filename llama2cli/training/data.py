@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from llama2cli.errors import DataError
 from llama2cli.text.shards import TokenFolder
-from llama2cli.training.order import mix, name_key, shuffled
+from llama2cli.training.order import mix, name_key, shuffled, splitmix
 
 IGNORED = -100  # a target that has no loss
 Position = dict[str, Any]
@@ -48,7 +49,7 @@ class Stream:
     stops: np.ndarray
     documents: int
 
-    @property
+    @cached_property
     def ends(self) -> np.ndarray:
         """Where each run ends in this stream."""
         return np.cumsum(self.stops - self.starts)
@@ -56,7 +57,7 @@ class Stream:
     @property
     def n_tokens(self) -> int:
         """Tokens in the stream."""
-        return int((self.stops - self.starts).sum())
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 ids [stop - start]."""
@@ -89,15 +90,16 @@ def split(name: str, folder: TokenFolder, fraction: float) -> tuple[Stream, Stre
     n = len(starts)
     if n < 2:
         raise DataError(f'source "{name}" has {n} document: nothing can be held out of it; give --heldout a folder')
-    order = np.array([mix(0x484F, i) for i in range(n)], np.uint64).argsort(kind="stable")
-    lengths = (stops - starts)[order]
-    room, taken = fraction * folder.n_tokens, np.zeros(n, bool)
-    for i, length in zip(order, lengths):
-        if length <= room:
-            taken[i] = True
-            room -= length
+    lengths, room = stops - starts, int(fraction * folder.n_tokens)
+    taken = np.zeros(n, bool)
+    left = np.argsort(splitmix(np.arange(n, dtype=np.uint64)), kind="stable")
+    while len(left := left[lengths[left] <= room]):
+        fit = int(np.searchsorted(np.cumsum(lengths[left]), room, side="right"))
+        taken[left[:fit]] = True
+        room -= int(lengths[left[:fit]].sum())
+        left = left[fit:]
     if not taken.any():
-        taken[order[lengths.argmin()]] = True
+        taken[lengths.argmin()] = True
     if taken.all():
         raise DataError(f'--heldout {fraction} leaves no document of source "{name}" to train on')
     return tuple(_runs(name, folder, starts[keep], stops[keep]) for keep in (~taken, taken))  # type: ignore[return-value]

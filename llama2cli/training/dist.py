@@ -111,5 +111,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], here: World, *, dtype: t
 
 def reshard(root: nn.Module) -> None:
     """Give gathered weights free after a forward pass that no backward pass follows."""
-    if hasattr(root, "reshard"):
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(root, FSDPModule):
         root.reshard()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from typing import Any
 
 WORD = (1 << 64) - 1
 
 
-def splitmix(state: int) -> int:
-    """The output of SplitMix64 (Steele, Lea, Flood 2014) that follows a 64-bit state."""
+def splitmix(state: Any) -> Any:
+    """The output of SplitMix64 (Steele, Lea, Flood 2014) that follows a 64-bit state: an int, or a uint64 array."""
     z = (state + 0x9E3779B97F4A7C15) & WORD
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD

@@ -62,10 +62,14 @@ class Run:
         self._logs: dict[str, BinaryIO] = {}
         self._lock = self._take(resume) if world.first else None
         dist.barrier(world)
-        self.latest = read_pointer(self.folder / LATEST)
-        self.found = read_settings(self.folder) if (self.folder / SETTINGS).exists() else None
-        if world.first:
-            self._clean()
+        try:
+            self.latest = read_pointer(self.folder / LATEST)
+            self.found = read_settings(self.folder) if (self.folder / SETTINGS).exists() else None
+            if world.first:
+                self._clean()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def step_folder(self) -> Path:
@@ -128,6 +132,7 @@ class Run:
         aside, final = self.folder / f".{step_name(step)}.partial", self.folder / step_name(step)
         if self.world.first:
             folders.check_space(self.folder, needed)
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
         dist.barrier(self.world)
         write(aside)
@@ -250,12 +255,29 @@ def check_same(found: Mapping[str, Any], now: Mapping[str, Any], place: object, 
     """
     for name in (*now, *(k for k in found if k not in now)):
         if name not in free and found.get(name) != now.get(name):
-            was, is_ = shown(found.get(name)), shown(now.get(name))
+            what, was, is_ = first_difference(found.get(name), now.get(name))
+            told = f"{name}{what}: " if what else ""
             hint = "give the run's own settings, or another -o"
-            raise Misuse(f"the run has {was}, now it would be {is_}; {hint}", place, f"--{name.replace('_', '-')}")
+            raise Misuse(
+                f"{told}the run has {was}, now it would be {is_}; {hint}", place, f"--{name.replace('_', '-')}"
+            )
+
+
+def first_difference(was: Any, now: Any) -> tuple[str, str, str]:
+    """Where two values differ first ("[0].sha256"), and what stands there in each."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(k for k in (*now, *was) if was.get(k) != now.get(k))
+        inside, a, b = first_difference(was.get(key), now.get(key))
+        return f".{key}{inside}", a, b
+    if isinstance(was, list) and isinstance(now, list):
+        if len(was) != len(now):
+            return "", f"{len(was)} of them", str(len(now))
+        i = next(i for i, (a, b) in enumerate(zip(was, now)) if a != b)
+        inside, a, b = first_difference(was[i], now[i])
+        return f"[{i}]{inside}", a, b
+    return "", shown(was), shown(now)
 
 
 def shown(value: Any) -> str:
     """A setting on one line."""
-    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 160 else text[:157] + "..."
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
