@@ -97,6 +97,9 @@ def _lines(blocks: Iterator[bytes], name: str, max_line: int) -> Iterator[tuple[
     size = 0
     try:
         for block in blocks:
+            if not size and block.isspace():  # a bomb of empty lines costs a count
+                number += block.count(b"\n")
+                block = block.rpartition(b"\n")[2]
             *ended, rest = block.split(b"\n")
             for line in ended:
                 if size + len(line) > max_line:

@@ -121,7 +121,7 @@ BAD = [
     ("comparison", {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER], "safety": 1}, "safety: expected one of"),
     ("comparison", {"chosen": [USER, ANSWER], "rejected": [{**USER, "content": "Else"}, OTHER]},
      "rejected[0]: differs from chosen before any answer"),
-    ("comparison", {"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER, {**USER, "content": "X"}, OTHER]},
+    ("comparison", {"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER, {**USER, "content": ""}, OTHER]},
      "rejected[2]: differs from chosen before any answer"),
     ("labelled", {"messages": [USER, ANSWER], "label": "toxic"}, 'label: expected one of 0, 1, got "toxic"'),
     ("choice", {"query": "a", "choices": ["x", "y"], "gold": 2}, "gold: expected the index of one of the 2 choices"),
@@ -133,7 +133,7 @@ BAD = [
     ("session", {**SESSION, "risk": 6}, "risk: expected one of 1, 2, 3, 4, 5, got 6"),
     ("session", {**SESSION, "minutes": "12"}, "minutes: expected a number, got a string"),
     ("metric", {"measure": "accuracy", "value": 1, "n": 1}, "measure: expected a dotted name"),
-    ("metric", {"measure": "rm.accuracy", "value": 1, "n": 1, "modle": "x"}, 'modle: unknown group; did you mean "model'),
+    ("metric", {"measure": "rm.accuracy", "value": 1, "n": 1, "modle": ""}, 'modle: unknown group; did you mean'),
     ("metric", {"measure": "rm.accuracy", "value": None, "n": 1}, "value: expected a number, got null"),
 ]  # fmt: skip
 
