@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llama2cli.errors import DataError, did_you_mean
-from llama2cli.nn.config import BOS, EOS, LM, ModelConfig, config_to_json, read_config, read_json
+from llama2cli.nn.config import BOS, EOS, LM, MAX_SHARD_BYTES, ModelConfig, config_to_json, read_config, read_json
 from llama2cli.nn.model import Llama, fill
 from llama2cli.text import tensorfile
 from llama2cli.text.tokenizer import Tokenizer
@@ -30,7 +30,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5_000_000_000
 
 
 class Part(NamedTuple):

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 from llama2cli.errors import DataError, Misuse, did_you_mean
 
 BOS, EOS = 1, 2
+CONTEXT = 4096  # Llama 2's (Table 1)
+MAX_SHARD_BYTES = 5_000_000_000  # of one safetensors file; a larger model is saved in several
 LM, SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 
 
@@ -52,7 +54,7 @@ def ffn_size(hidden_size: int, multiplier: float | None = None, multiple_of: int
 
 
 def _paper(dim: int, layers: int, heads: int, kv: int, ffn: int) -> ModelConfig:
-    return ModelConfig(32000, dim, ffn, layers, heads, kv, 4096)
+    return ModelConfig(32000, dim, ffn, layers, heads, kv, CONTEXT)
 
 
 def _small(vocab: int, dim: int, ffn: int, layers: int, heads: int) -> ModelConfig:
@@ -63,7 +65,7 @@ PRESETS: dict[str, ModelConfig] = {
     "1m": _small(2048, 128, 352, 5, 4),
     "15m": _small(32000, 288, 768, 6, 6),
     "110m": _small(32000, 768, 2048, 12, 12),
-    "1b": ModelConfig(32000, 2048, 5632, 22, 32, 4, 4096),
+    "1b": ModelConfig(32000, 2048, 5632, 22, 32, 4, CONTEXT),
     # Llama 2, section 2.2 and Table 1; grouped-query attention with 8 key-value heads in the two largest only
     "7b": _paper(4096, 32, 32, 32, ffn_size(4096)),
     "13b": _paper(5120, 40, 40, 40, ffn_size(5120)),

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from llama2cli.errors import DataError, Misuse, did_you_mean
 from llama2cli.nn.checkpoint import DTYPES, EMBED, HEAD, Part, check_finite, parts, raw_bytes, to_json
-from llama2cli.nn.config import LIMITS, ModelConfig, check_heads, ffn_size, read_json, real, whole
+from llama2cli.nn.config import CONTEXT, LIMITS, ModelConfig, check_heads, ffn_size, read_json, real, whole
 
 STORAGES = {  # names of element types in a pickle
     "torch FloatStorage": torch.float32,
@@ -378,7 +378,7 @@ def is_meta(folder: Path) -> bool:
     return (folder / PARAMS).is_file() or any(folder.glob("consolidated.*.pth"))
 
 
-def open_meta(folder: Path, context: int = 4096) -> tuple[ModelConfig, Callable[[Part], Tensor]]:
+def open_meta(folder: Path, context: int = CONTEXT) -> tuple[ModelConfig, Callable[[Part], Tensor]]:
     """A checkpoint of Meta's: its configuration, and a function that gives each Hugging Face tensor.
 
     Names and shapes of all files are checked here; values (finite, norms equal in all files) when a tensor is asked

@@ -110,7 +110,7 @@ class Llama(nn.Module):
         table = self.rope_table(ids_BT.device)
         x = F.embedding(ids_BT, self.embed)
         for layer, layer_cache in zip(self.layers, layers):
-            if self.checkpoint_layers and torch.is_grad_enabled():
+            if self.checkpoint_layers and cache is None and torch.is_grad_enabled():
                 x = checkpoint(layer, x, table, positions_BT, segments_BT, use_reentrant=False)
             else:
                 x = layer(x, table, positions_BT, segments_BT, layer_cache)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
+from llama2cli.nn.config import CONTEXT, LIMITS, MAX_SHARD_BYTES, n_params, read_json
 from llama2cli.settings import Base, flag
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from llama2cli.nn.checkpoint import Part
 
-LLAMA_2_CONTEXT = 4096  # Llama 2, Table 1
-MAX_SHARD_BYTES = 5_000_000_000
 PROVENANCE, TOKENIZER = "provenance.json", "tokenizer.model"
 
 
@@ -49,7 +48,10 @@ class Settings(Base):
         default=MAX_SHARD_BYTES, low=1, help="largest safetensors file; a larger model becomes shards with an index"
     )
     context: int | None = flag(
-        default=None, low=1, high=1 << 24, help="context of a checkpoint of Meta's, which does not say (default: 4096)"
+        default=None,
+        low=1,
+        high=LIMITS["max_position_embeddings"],
+        help="context of a checkpoint of Meta's, which does not say (default: 4096)",
     )
     tokenizer: str | None = flag(
         default=None, help="tokenizer.model where it is not in SRC or beside it", complete="file"
@@ -63,12 +65,14 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises DataError for a checkpoint that is not a whole Llama 2, Misuse for flags that do not fit it.
     """
     from llama2cli.nn import checkpoint, meta
-    from llama2cli.nn.config import n_params
     from llama2cli.text import folders
     from llama2cli.text.tokenizer import Tokenizer
 
     # 1. What is there, and what is wanted.
-    source, out = Path(settings.source), Path(settings.out)
+    source, out = Path(settings.source), Path(settings.out).absolute()
+    if out.exists() and not settings.resume:
+        hint = "name another folder, or give --resume to accept a finished conversion"
+        raise Misuse(f"exists; {hint}", "--out", settings.out)
     from_meta = source.is_dir() and meta.is_meta(source) and not (source / "config.json").is_file()
     source = source if from_meta else folders.resolve_model(source)
     to = settings.to or ("hf" if from_meta else "meta")
@@ -80,22 +84,22 @@ def run(settings: Settings) -> dict[str, Any]:
 
     # 2. Names, shapes and types of every tensor; the values follow one by one while they are written.
     if from_meta:
-        config, tensor_of = meta.open_meta(source, settings.context or LLAMA_2_CONTEXT)
+        config, tensor_of = meta.open_meta(source, settings.context or CONTEXT)
         if settings.context is None:
-            console.warn(f"{source}: Meta's format does not say the context; {LLAMA_2_CONTEXT} is assumed (--context)")
+            console.warn(f"{source}: Meta's format does not say the context; {CONTEXT} is assumed (--context)")
     else:
         config, tensor_of = checkpoint.open_folder(source)
     tokenizer = Tokenizer.load(tokenizer_file)
     checkpoint.check_tokenizer(config, tokenizer, tokenizer_file)
-    size = n_params(config) * checkpoint.DTYPES[settings.save_dtype].itemsize
-    folders.check_space(out, size)
+    numbers = n_params(replace(config, tie_word_embeddings=False) if to == "meta" else config)
+    folders.check_space(out, numbers * checkpoint.DTYPES[settings.save_dtype].itemsize)
 
     # 3. Write aside, then publish.
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        total = n_params(config) * (settings.model_parallel if to == "meta" else 1)
+        total = numbers * settings.model_parallel
         with console.Progress(f"convert to {to}", total=total, unit="numbers") as progress:
 
             def counted(part: Part) -> Tensor:
@@ -154,7 +158,6 @@ def find_tokenizer(settings: Settings, source: Path, from_meta: bool) -> Path:
 def generation_config(folder: Path) -> dict[str, bytes]:
     """The generation_config.json of a folder that is only written anew, by name; nothing where there is none."""
     from llama2cli.nn.checkpoint import to_json
-    from llama2cli.nn.config import read_json
 
     path = folder / "generation_config.json"
     return {path.name: to_json(read_json(path))} if path.is_file() else {}
@@ -168,12 +171,6 @@ def provenance_of(settings: Settings, source: Path, tokenizer_file: Path) -> dic
 
 def finished(settings: Settings, origin: dict[str, Any]) -> dict[str, Any]:
     """The record of a finished conversion, under --resume. Raises Misuse unless --out is that."""
-    from llama2cli.nn.config import read_json
-
-    if not settings.resume:
-        raise Misuse(
-            "exists; name another folder, or give --resume to accept a finished conversion", "--out", settings.out
-        )
     file = Path(settings.out, PROVENANCE)
     found = read_json(file) if file.is_file() else {}
     if identity(found) != identity(origin) or not isinstance(found.get("result"), dict):

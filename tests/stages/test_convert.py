@@ -120,7 +120,9 @@ def test_what_exists_is_not_overwritten(hf: Path, tmp_path: Path, capsys: pytest
     assert "something else" in err
     assert before == {f.name: f.read_bytes() for f in out.iterdir()}
     shutil.rmtree(out)
-    (out).mkdir()
+    out.mkdir()
+    _, err = convert(capsys, hf, "-o", out, code=2)
+    assert "exists" in err
     (out / "mine.txt").write_text("keep")
     _, err = convert(capsys, hf, "-o", out, "--resume", code=2)
     assert [f.name for f in out.iterdir()] == ["mine.txt"]
@@ -132,6 +134,15 @@ def test_resume_with_nothing_there_starts(hf: Path, tmp_path: Path, capsys: pyte
     (stale / "half.pth").write_bytes(b"left by a killed process")
     record, _ = convert(capsys, hf, "-o", tmp_path / "out", "--resume")
     assert record["files"] == 1 and not stale.exists() and not (tmp_path / "out" / "half.pth").exists()
+
+
+def test_resume_fills_an_empty_folder(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    convert(capsys, hf, "-o", tmp_path / "out", "--resume")
+    assert (tmp_path / "out" / "params.json").exists() and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
