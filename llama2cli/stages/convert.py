@@ -121,8 +121,10 @@ def run(settings: Settings) -> dict[str, Any]:
         result = {"format": to, "parameters": n_params(config), **counts}
         (aside / PROVENANCE).write_bytes(checkpoint.to_json(origin | {"result": result}))
         folders.publish_folder(aside, out, replace=out.is_dir())
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(e, DataError):  # name the folder that was asked for, not the one aside
+            raise DataError(e.message, *(place.replace(str(aside), settings.out) for place in e.place)) from None
         raise
     return {"checkpoint": settings.out, **result}
 

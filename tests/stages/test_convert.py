@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,21 @@ def test_a_value_that_is_not_finite_leaves_nothing(
     _, err = convert(capsys, hf, "-o", tmp_path / "out", code=1)
     assert "model.layers.1.mlp.up_proj.weight: 1 of 4,800 values are not finite" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_one_line(hf: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk; in a process of its own, for it cannot be lifted again."""
+    for flags in ([], ["--to", "hf"]):
+        code = (
+            "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000));"
+            "from llama2cli.cli import main; main(sys.argv[1:])"
+        )
+        out = tmp_path / "out"
+        command = [sys.executable, "-c", code, "convert", str(hf), "-o", str(out), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith(f"llama2 convert: {out}") and "cannot be written (File too large)" in done.stderr
+        assert done.stderr.count("\n") == 1 and sorted(f.name for f in tmp_path.iterdir()) == ["hf"]
 
 
 def test_a_pickle_that_would_run_is_one_line(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
