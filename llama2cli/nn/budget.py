@@ -199,6 +199,22 @@ def activation_bytes(
     return config.num_hidden_layers * tokens * config.hidden_size * residual_bytes + layer
 
 
+CHUNK_LOGITS, MIN_CHUNK = 1 << 24, 256  # of `nn.loss`: logits of a chunk, and the fewest tokens of one
+
+
+def head_bytes(config: ModelConfig, tokens: int, compute_bytes: int = 2) -> int:
+    """Bytes of the last norm, the head and the loss for so many tokens, gradients included.
+
+    A chunk of logits, 2^22 of them in fp32 too where the product is in bf16; the fp32 gradient of the head; of each
+    token the norm's fp32 input and the same normed, the hidden state and its gradient.
+    """
+    chunk = max(MIN_CHUNK, CHUNK_LOGITS // config.vocab_size // 64 * 64)
+    logits = min(chunk, tokens) * config.vocab_size
+    softmax = 0 if compute_bytes == 4 else 4 * min(logits, 1 << 22)
+    states = tokens * config.hidden_size * (8 + 2 * compute_bytes)
+    return logits * compute_bytes + softmax + 4 * config.vocab_size * config.hidden_size + states
+
+
 def memory_per_gpu(
     config: ModelConfig,
     *,
@@ -206,18 +222,16 @@ def memory_per_gpu(
     gpus: int = 1,
     checkpointing: bool = False,
     compute_bytes: int = 2,
-    chunk: int = 1024,
 ) -> Memory:
-    """Bytes per GPU of a training step under FSDP2 with AdamW.
+    """Bytes per GPU of a training step under FSDP2 with AdamW, gradients accumulated over micro-batches.
 
-    tokens: of one micro-batch on one GPU. compute_bytes: 2 for bf16, 4 for fp32. chunk: rows of logits held at once.
+    tokens: of one micro-batch on one GPU. compute_bytes: 2 for bf16, 4 for fp32.
 
     * Weights, gradients and both moments are fp32 and sharded: 16 bytes a weight, over the GPUs.
     * With several GPUs two layers are gathered in the compute type (one at work, one on its way), the layer at work has
-      its gradient in it and the one before is being reduced in fp32; table and head stay gathered, the head with its
-      gradient in fp32; the residual stream is in the compute type. With one GPU nothing is gathered, but autocast
-      keeps a bf16 copy of each matrix, and the residual stream is fp32.
-    * Head: a chunk of fp32 logits and of their gradient, and the gradient of the hidden states of all tokens.
+      its gradient in it and the one before is being reduced in fp32; table and head stay gathered; the residual stream
+      is in the compute type. With one GPU nothing is gathered, but autocast keeps a bf16 copy of each matrix, and the
+      residual stream is fp32.
 
     All parts are added as if their worst moments fell together. Against torch's memory tracker the sum is within 10% on
     one device; under FSDP2 it is 0% to 20% above the peak.
@@ -225,22 +239,21 @@ def memory_per_gpu(
     weights, layers = n_params(config), config.num_hidden_layers
     part = parameters(config)
     layer, ends = (part.attention + part.feed_forward) // layers, part.embedding + part.head
-    residual = compute_bytes if gpus > 1 else 4
     if gpus == 1:
-        gathered = 2.0 * n_matmul_params(config) if compute_bytes == 2 else 0.0
+        gathered = 2 * n_matmul_params(config) if compute_bytes == 2 else 0
     else:
-        head_gradient = 4.0 * config.vocab_size * config.hidden_size
-        gathered = layer * (3 * compute_bytes + 4.0) + ends * compute_bytes + head_gradient
-    rows = min(chunk, tokens)
+        gathered = layer * (3 * compute_bytes + 4) + ends * compute_bytes
+    residual = compute_bytes if gpus > 1 else 4
+    activations = activation_bytes(
+        config, tokens, checkpointing=checkpointing, compute_bytes=compute_bytes, residual_bytes=residual
+    )
     return Memory(
-        parameters=4.0 * weights / gpus,
-        gradients=4.0 * weights / gpus,
-        optimizer=8.0 * weights / gpus,
+        parameters=4 * weights / gpus,
+        gradients=4 * weights / gpus,
+        optimizer=8 * weights / gpus,
         gathered=gathered,
-        activations=activation_bytes(
-            config, tokens, checkpointing=checkpointing, compute_bytes=compute_bytes, residual_bytes=residual
-        ),
-        head=2 * 4.0 * rows * config.vocab_size + tokens * config.hidden_size * compute_bytes,
+        activations=activations,
+        head=head_bytes(config, tokens, compute_bytes),
     )
 
 

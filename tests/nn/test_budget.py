@@ -7,19 +7,24 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama2cli.nn import budget, ops
 from llama2cli.nn.config import PRESETS, ModelConfig, n_params
 from llama2cli.nn.model import Llama
+from llama2cli.training import dist
+from llama2cli.training.objective import NextToken
 
 SHAPES = {
     "small": ModelConfig(500, 256, 688, 4, 4, 4, 512),
     "grouped": ModelConfig(500, 256, 512, 6, 4, 2, 512),
     "tied": ModelConfig(500, 256, 512, 6, 4, 2, 512, tie_word_embeddings=True),
     "deep": ModelConfig(500, 128, 352, 10, 4, 4, 512),
+    "wordy": ModelConfig(8000, 128, 352, 3, 4, 4, 512),
     **PRESETS,
 }
 TOLERANCE = 0.10  # of memory: the sum that is predicted against the peak that is tracked
@@ -136,10 +141,63 @@ def tracked_peak(config: ModelConfig, rows: int, length: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["small", "grouped", "deep"])
+@pytest.mark.parametrize("name", ["small", "grouped", "deep", "wordy"])
 def test_memory_of_one_gpu_is_what_torch_tracks(name: str, dtype: torch.dtype, checkpointing: bool) -> None:
     """Weights, gradients, moments, activations, head: the predicted sum is within 10% of the tracked peak."""
     config = SHAPES[name]
     tracked = tracked_peak(config, 2, 256, dtype, checkpointing)
     predicted = budget.memory_per_gpu(config, tokens=2 * 256, checkpointing=checkpointing, compute_bytes=dtype.itemsize)
     assert predicted.total == pytest.approx(tracked, rel=TOLERANCE)
+
+
+def sharded_peak(config: ModelConfig, gpus: int, length: int, dtype: torch.dtype, checkpointing: bool) -> int:
+    """Peak bytes of one of several processes, sharded as in training; the others are made up by torch's fake group."""
+    ops.force("plain")
+    torch.distributed.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    try:
+        loss = NextToken(Llama(config))
+        loss.model.init_weights(0)
+        loss.model.checkpoint_layers = checkpointing
+        loss.model.rope_table(torch.device("cpu"))
+        dist.shard(loss, loss.model.layers, dist.World(0, gpus, torch.device("cpu")), dtype=dtype)
+        optimizer = torch.optim.AdamW(loss.parameters(), fused=True)
+        ids = torch.randint(0, config.vocab_size, (1, length + 1))
+        tracker = FSDPMemTracker(loss, optimizer)
+        tracker.track_inputs((ids,))
+        with warnings.catch_warnings(), tracker:
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                for _ in range(2):
+                    tracker.reset_mod_stats()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                        total = loss(ids[:, :-1], ids[:, 1:])
+                    total.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        torch.distributed.destroy_process_group()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "dtype", "checkpointing"),
+    [(8, torch.bfloat16, False), (8, torch.bfloat16, True), (8, torch.float32, True), (32, torch.bfloat16, True)],
+)
+@pytest.mark.parametrize("name", ["grouped", "wordy"])
+def test_memory_under_fsdp_is_not_less_than_torch_tracks(
+    name: str, gpus: int, dtype: torch.dtype, checkpointing: bool
+) -> None:
+    """The predicted sum is 0% to 20% above the tracked peak: who plans by it does not run out of memory."""
+    config = SHAPES[name]
+    tracked = sharded_peak(config, gpus, 256, dtype, checkpointing)
+    predicted = budget.memory_per_gpu(
+        config, tokens=256, gpus=gpus, checkpointing=checkpointing, compute_bytes=dtype.itemsize
+    )
+    assert tracked <= predicted.total <= 1.2 * tracked
+
+
+def test_chunks_are_those_of_the_loss() -> None:
+    """The budget knows no torch, so it has the numbers of the loss a second time."""
+    from llama2cli.nn import loss
+
+    assert (budget.CHUNK_LOGITS, budget.MIN_CHUNK) == (loss.CHUNK_LOGITS, loss.MIN_CHUNK)
