@@ -23,12 +23,13 @@ MAX_HEADER = 32 << 20  # the header of a 70B model takes 0.1 MB; the library all
 MAX_AXES = 16
 MAX_NAME = 512
 
-# The numpy type that holds each; those that numpy lacks (BF16, F8) are unsigned integers with the same bits.
+# The numpy type that holds each, in the order in which the library writes them (large items first, so that all are
+# aligned). Those that numpy lacks (BF16, F8) are unsigned integers with the same bits.
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
     for name, code in {
-        "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "?",
-        "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+        "U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4", "BF16": "<u2", "F16": "<f2",
+        "U16": "<u2", "I16": "<i2", "F8_E4M3": "u1", "F8_E5M2": "u1", "I8": "i1", "U8": "u1", "BOOL": "?",
     }.items()
 }  # fmt: skip
 OF_NUMPY = {"f8": "F64", "f4": "F32", "f2": "F16", "b1": "BOOL"}
@@ -133,7 +134,7 @@ def _tensor(name: str, entry: Any, base: int, path: Path) -> TensorInfo:
         raise wrong(f"the data offsets {ascii(offsets)[:80]} are refused")
     size = math.prod(shape) * DTYPES[dtype].itemsize  # Python's integers do not overflow
     if offsets[1] - offsets[0] != size:
-        raise wrong(f"{dtype} of shape {shape} has not the {offsets[1] - offsets[0]:,} bytes that the header gives it")
+        raise wrong(f"{dtype} of shape {ascii(shape)[:80]} has not the {offsets[1] - offsets[0]:,} bytes it is given")
     return TensorInfo(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
@@ -182,7 +183,11 @@ def write_arrays(
     """
     path = Path(path)
     types = {name: (dtypes or {}).get(name) or OF_NUMPY.get(a.dtype.str[1:], a.dtype.str) for name, a in arrays.items()}
-    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # large items first: all are aligned
+    for name, kind in types.items():
+        if kind not in DTYPES or DTYPES[kind].itemsize != arrays[name].itemsize:
+            raise ValueError(f"{name}: an array of {arrays[name].dtype} cannot be written as {kind}")
+    rank = {kind: i for i, kind in enumerate(DTYPES)}
+    order = sorted(arrays, key=lambda name: (rank[types[name]], name))
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
     for name in order:
