@@ -260,7 +260,7 @@ def train(settings: Settings) -> dict[str, Any]:
             progress.advance(seen["bytes"] / 1e6)
     reader.marked = read["marked"]
     excluded = reader.report()
-    if not words:
+    if not read["documents"]:
         raise DataError("there is no text to train on", ", ".join(settings.files) or "stdin")
     size = f"{read['documents']:,} documents, {read['bytes'] / 1e6:,.1f} MB, {len(words):,} different words"
     console.say(f"training {settings.vocab_size:,} pieces on {size}")

@@ -102,7 +102,15 @@ class SegmentCache:
         self.pending: list[tuple[list[bytes], int, list[str]]] = []  # (parts, which of them, its segments)
 
     def pack(self, texts: Sequence[str]) -> list[bytes]:
-        """The packed ids of each text."""
+        """The packed ids of each text. Raises what `encode` raises, and can be used after that."""
+        try:
+            return self._pack(texts)
+        except BaseException:
+            self.pending.clear()
+            self.words.unseen.clear()
+            raise
+
+    def _pack(self, texts: Sequence[str]) -> list[bytes]:
         out: list[list[bytes]] = []
         held = 0
         for text in texts:

@@ -85,7 +85,7 @@ class Tokenizer:
             if self._cache is not None:
                 return self._cache.pack(texts)
             return [array(self.code, ids).tobytes() for ids in self._sp.encode(texts, num_threads=1)]
-        except (RuntimeError, UnicodeEncodeError):  # what the binding says to a str that UTF-8 cannot hold
+        except (RuntimeError, TypeError, UnicodeEncodeError):  # what the binding says to a str that UTF-8 cannot hold
             raise DataError("the text holds half of a surrogate pair, which is no character") from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -221,20 +221,20 @@ def train(
     sample: float = 1.0,
     seed: int = 0,
 ) -> bytes:
-    """The bytes of a `.model` file: `fit` of `count_words`. Raises DataError for no text."""
+    """The bytes of a `.model` file: `fit` of `count_words`."""
     counts = count_words(texts, sample=sample, seed=seed)
-    if not counts:
-        raise DataError("there is no text to train on")
     return fit(counts, vocab_size, character_coverage=character_coverage)
 
 
 def fit(counts: Counter[str], vocab_size: int, *, character_coverage: float = COVERAGE) -> bytes:
     """The bytes of a `.model` file with `vocab_size` pieces, fewer where the words do not give that many.
 
-    The same counts in the same order give the same bytes. Raises Misuse for a size below FLOOR.
+    The same counts in the same order give the same bytes. Raises Misuse for a size below FLOOR, DataError for no words.
     """
     if vocab_size < FLOOR:
         raise Misuse(f"expected at least {FLOOR} (3 control, 256 bytes, the space), got {vocab_size}", "--vocab-size")
+    if not any(word.strip(" ") for word in counts):
+        raise DataError("there is no text to train on")
     room = max(vocab_size, FIXED + len(set().union(*counts)))  # SentencePiece fails where its alphabet does not fit
     proto = _fit(counts, room, character_coverage)
     if room == vocab_size:
