@@ -1,0 +1,602 @@
+"""Bad input, command by command: one line on stderr that names file and place, the right exit code, and what was there
+before is untouched.
+
+Each case is a function from a kit (good inputs, in a folder of its own) to a command line, beside the exit code and the
+words that its line must hold. Commands run in this process; that they do the same in one of their own is tested once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from llama2cli import cli
+
+Case = Callable[[Path], list[str]]
+CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "vocab_size": 300,
+}  # fmt: skip
+
+
+def case(name: str, code: int, *words: str) -> Callable[[Case], Case]:
+    """Add a case: its exit code and the words of its line."""
+
+    def add(make: Case) -> Case:
+        assert name not in CASES
+        CASES[name] = (make, code, words)
+        return make
+
+    return add
+
+
+def records(kit: Path, name: str, *lines: str | bytes) -> str:
+    """A file of lines in the kit."""
+    (kit / name).write_bytes(b"".join((x.encode() if isinstance(x, str) else x) + b"\n" for x in lines))
+    return str(kit / name)
+
+
+GOOD = '{"text": "the fox"}'
+
+
+def tokenize(kit: Path, *files: str, out: str = "earlier.jsonl") -> list[str]:
+    return ["tokenize", "--tokenizer", f"{kit}/tok.model", "-o", f"{kit}/{out}", *files]
+
+
+def generate(kit: Path, *files: str, model: str = "ck") -> list[str]:
+    given = files or (f"{kit}/prompts.jsonl",)
+    return ["generate", "--model", f"{kit}/{model}", "--max-new-tokens", "2", "-o", f"{kit}/earlier.jsonl", *given]
+
+
+def pretrain(kit: Path, *more: str, data: str = "toks") -> list[str]:
+    fixed = ["--preset", f"{kit}/shape.json", "--tokenizer", f"{kit}/tok.model", "--context", "16", "--steps", "1"]
+    return ["pretrain", *fixed, "--batch-size", "32", "--data", f"{kit}/{data}", "-o", f"{kit}/run", *more]
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; None takes one away."""
+    told = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in told.items() if v is not None}))
+
+
+def tensors(path: Path, table: dict[str, Any] | str, data: bytes) -> None:
+    """A safetensors file with this header."""
+    head = (table if isinstance(table, str) else json.dumps(table)).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + data)
+
+
+def weights(kit: Path) -> tuple[Path, dict[str, Any], bytes]:
+    """The weights of the kit's checkpoint: file, header, data."""
+    path = kit / "ck" / "model.safetensors"
+    raw = path.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    return path, json.loads(raw[8 : 8 + size]), raw[8 + size :]
+
+
+# --- lines and records --------------------------------------------------------------------------------------------
+
+
+@case("a file that is not there", 1, "nowhere.jsonl", "no such file")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, f"{kit}/nowhere.jsonl")
+
+
+@case("a folder in place of a file", 1, "toks")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, f"{kit}/toks")
+
+
+@case("an empty file", 1, "d.jsonl", "holds no")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl"))
+
+
+@case("a zst that is cut", 1, "d.jsonl.zst", "cut")
+def _(kit: Path) -> list[str]:
+    whole = zstandard.compress((GOOD + "\n").encode() * 5000)
+    (kit / "d.jsonl.zst").write_bytes(whole[: len(whole) // 2])
+    return tokenize(kit, f"{kit}/d.jsonl.zst")
+
+
+@case("a gz that is cut", 1, "d.jsonl.gz", "cut")
+def _(kit: Path) -> list[str]:
+    whole = gzip.compress(os.urandom(30000).hex().encode())
+    (kit / "d.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    return tokenize(kit, f"{kit}/d.jsonl.gz")
+
+
+@case("a zstd bomb", 1, "d.jsonl:1", "--max-line")
+def _(kit: Path) -> list[str]:
+    bomb = zstandard.ZstdCompressor(level=19).compressobj()
+    with (kit / "d.jsonl").open("wb") as f:
+        for _i in range(128):
+            f.write(bomb.compress(b'"' + b"a" * (1 << 20)))
+        f.write(bomb.flush())
+    return tokenize(kit, f"{kit}/d.jsonl")
+
+
+@case("a line that is too long", 1, "d.jsonl:2", "--max-line")
+def _(kit: Path) -> list[str]:
+    return [*tokenize(kit, records(kit, "d.jsonl", GOOD, json.dumps({"text": "a" * 2000}))), "--max-line", "1000"]
+
+
+@case("bytes that are not UTF-8", 1, "d.jsonl:2", "UTF-8")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl", GOOD, b'{"text": "caf\xe9"}'))
+
+
+@case("UTF-16", 1, "d.jsonl", "UTF-16")
+def _(kit: Path) -> list[str]:
+    (kit / "d.jsonl").write_bytes((GOOD + "\n").encode("utf-16"))
+    return tokenize(kit, f"{kit}/d.jsonl")
+
+
+@case("half a surrogate pair", 1, "d.jsonl:1", "surrogate")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl", '{"text": "\\ud800"}'))
+
+
+@case("no JSON", 1, "d.jsonl:2", "JSON")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl", GOOD, '{"text": "a",}'))
+
+
+@case("JSON nested too deeply", 1, "d.jsonl:1", "deep")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl", '{"text": ' + "[" * 100_000))
+
+
+@case("a number as text", 1, "d.jsonl:2: text", "str")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl", GOOD, '{"text": 5}'))
+
+
+@case("a misspelt field", 1, "d.jsonl:1", '"text"', '"txet"', "misspelt")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl", '{"txet": "a"}'))
+
+
+@case("a field twice", 1, "d.jsonl:1", '"text"', "twice")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl", '{"text": "a", "text": "b"}'))
+
+
+@case("a list in place of a record", 1, "d.jsonl:2")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, records(kit, "d.jsonl", GOOD, '["a"]'))
+
+
+@case(
+    "a role that is none", 1, "p.jsonl:1: messages[0].role", "system, user, assistant", '"usr"', 'did you mean "user"'
+)
+def _(kit: Path) -> list[str]:
+    return generate(kit, records(kit, "p.jsonl", '{"messages": [{"role": "usr", "content": "a"}]}'))
+
+
+@case("a content that is null", 1, "p.jsonl:1: messages[0].content")
+def _(kit: Path) -> list[str]:
+    return generate(kit, records(kit, "p.jsonl", '{"messages": [{"role": "user", "content": null}]}'))
+
+
+@case("two user messages in a row", 1, "p.jsonl:1: messages[1].role", "expected an assistant message")
+def _(kit: Path) -> list[str]:
+    user = {"role": "user", "content": "a"}
+    return generate(kit, records(kit, "p.jsonl", json.dumps({"messages": [user, user]})))
+
+
+@case("a prompt that is answered already", 1, "p.jsonl:1: messages")
+def _(kit: Path) -> list[str]:
+    answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return generate(kit, records(kit, "p.jsonl", json.dumps({"messages": answered})))
+
+
+@case("a tag of the chat format in a prompt", 1, "p.jsonl:1: messages[0].content", "[/INST]", "--tags")
+def _(kit: Path) -> list[str]:
+    return generate(kit, records(kit, "p.jsonl", '{"messages": [{"role": "user", "content": "a [/INST] b"}]}'))
+
+
+@case("a prompt longer than the context", 1, "p.jsonl:1", "64", "--skip-long")
+def _(kit: Path) -> list[str]:
+    return generate(kit, records(kit, "p.jsonl", json.dumps({"text": "fox " * 200})))
+
+
+@case("ids outside the vocabulary", 1, "ids.jsonl:1: ids", "99999")
+def _(kit: Path) -> list[str]:
+    ids = records(kit, "ids.jsonl", '{"ids": [5, 99999]}')
+    return ["tokenize", "--tokenizer", f"{kit}/tok.model", "--decode", "-o", f"{kit}/earlier.jsonl", ids]
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+@case("no tokenizer there", 1, "none.model", "no such tokenizer")
+def _(kit: Path) -> list[str]:
+    return ["tokenize", "--tokenizer", f"{kit}/none.model", "-o", f"{kit}/earlier.jsonl", f"{kit}/d.jsonl"]
+
+
+@case("a tokenizer that is text", 1, "t.model", "no SentencePiece model")
+def _(kit: Path) -> list[str]:
+    (kit / "t.model").write_text("not a model")
+    return ["tokenize", "--tokenizer", f"{kit}/t.model", "-o", f"{kit}/earlier.jsonl", f"{kit}/d.jsonl"]
+
+
+@case("a tokenizer that is cut", 1, "t.model", "no SentencePiece model")
+def _(kit: Path) -> list[str]:
+    (kit / "t.model").write_bytes((kit / "tok.model").read_bytes()[:-100])
+    return ["tokenize", "--tokenizer", f"{kit}/t.model", "-o", f"{kit}/earlier.jsonl", f"{kit}/d.jsonl"]
+
+
+@case("a vocabulary below the bytes", 2, "--vocab-size", "260")
+def _(kit: Path) -> list[str]:
+    return ["tokenize", "--train", "--vocab-size", "100", "-o", f"{kit}/new.model", f"{kit}/d.jsonl"]
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@case("no checkpoint there", 1, "nothing")
+def _(kit: Path) -> list[str]:
+    return generate(kit, model="nothing")
+
+
+@case("a folder without a checkpoint", 1, "toks", "config.json")
+def _(kit: Path) -> list[str]:
+    return generate(kit, model="toks")
+
+
+@case("a Llama 3 folder", 1, "ck", "tokenizer.model")
+def _(kit: Path) -> list[str]:
+    (kit / "ck" / "tokenizer.model").unlink()
+    (kit / "ck" / "tokenizer.json").write_text("{}")
+    return generate(kit)
+
+
+@case("RoPE scaling", 1, "config.json", "rope_scaling")
+def _(kit: Path) -> list[str]:
+    edit(kit / "ck" / "config.json", rope_scaling={"rope_type": "llama3", "factor": 8.0})
+    return generate(kit)
+
+
+@case("another architecture", 1, "config.json", "mistral")
+def _(kit: Path) -> list[str]:
+    edit(kit / "ck" / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
+    return generate(kit)
+
+
+@case("biases", 1, "config.json", "attention_bias")
+def _(kit: Path) -> list[str]:
+    edit(kit / "ck" / "config.json", attention_bias=True)
+    return generate(kit)
+
+
+@case("a config.json that is cut", 1, "config.json")
+def _(kit: Path) -> list[str]:
+    path = kit / "ck" / "config.json"
+    path.write_text(path.read_text()[:40])
+    return generate(kit)
+
+
+@case("a hostile width", 1, "config.json", "hidden_size")
+def _(kit: Path) -> list[str]:
+    edit(kit / "ck" / "config.json", hidden_size=-(1 << 40))
+    return generate(kit)
+
+
+@case("a vocabulary that is not the tokenizer's", 1, "300", "290")
+def _(kit: Path) -> list[str]:
+    edit(kit / "shape.json", vocab_size=290)
+    return pretrain(kit)
+
+
+@case("weights of another vocabulary", 1, "model.safetensors", "embed_tokens", "shape")
+def _(kit: Path) -> list[str]:
+    path, table, data = weights(kit)
+    table["model.embed_tokens.weight"]["shape"] = [301, 32]
+    extra = b"\0" * 128
+    at = table["model.embed_tokens.weight"]["data_offsets"][1]
+    for entry in table.values():
+        start, end = entry.get("data_offsets", (0, 0))
+        if start >= at:
+            entry["data_offsets"] = [start + 128, end + 128]
+    table["model.embed_tokens.weight"]["data_offsets"][1] += 128
+    tensors(path, table, data[:at] + extra + data[at:])
+    return generate(kit)
+
+
+@case("NaN weights", 1, "model.safetensors", "model.norm.weight", "finite")
+def _(kit: Path) -> list[str]:
+    path, table, data = weights(kit)
+    at = table["model.norm.weight"]["data_offsets"][0]
+    tensors(path, table, data[:at] + struct.pack("<f", float("nan")) + data[at + 4 :])
+    return generate(kit)
+
+
+@case("weights that are cut", 1, "model.safetensors", "cut")
+def _(kit: Path) -> list[str]:
+    path = kit / "ck" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    return generate(kit)
+
+
+@case("a tensor twice", 1, "model.safetensors", "twice")
+def _(kit: Path) -> list[str]:
+    path, table, data = weights(kit)
+    once = json.dumps(table)
+    norm = json.dumps(table["model.norm.weight"])
+    tensors(path, once[:-1] + f', "model.norm.weight": {norm}}}', data)
+    return generate(kit)
+
+
+@case("tensors that overlap", 1, "model.safetensors", "overlap")
+def _(kit: Path) -> list[str]:
+    path, table, data = weights(kit)
+    table["model.norm.weight"]["data_offsets"] = table["model.layers.0.input_layernorm.weight"]["data_offsets"]
+    tensors(path, table, data)
+    return generate(kit)
+
+
+@case("a shape beyond all memory", 1, "model.safetensors", "model.norm.weight")
+def _(kit: Path) -> list[str]:
+    path, table, data = weights(kit)
+    table["model.norm.weight"]["shape"] = [1 << 62, 1 << 62]
+    tensors(path, table, data)
+    return generate(kit)
+
+
+@case("a tensor that is missing", 1, "lm_head")
+def _(kit: Path) -> list[str]:
+    path, table, data = weights(kit)
+    table["lm_hat.weight"] = table.pop("lm_head.weight")
+    tensors(path, table, data)
+    return generate(kit)
+
+
+@case("an index that points outside", 1, "model.safetensors.index.json", "../")
+def _(kit: Path) -> list[str]:
+    (kit / "ck" / "model.safetensors").rename(kit / "out.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../out.safetensors"}}
+    (kit / "ck" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return generate(kit)
+
+
+@case("pickled weights only", 1, "pytorch_model.bin", "safetensors")
+def _(kit: Path) -> list[str]:
+    (kit / "ck" / "model.safetensors").rename(kit / "ck" / "pytorch_model.bin")
+    return generate(kit)
+
+
+@case("a Meta checkpoint that would run code", 1, "consolidated.00.pth", "system")
+def _(kit: Path) -> list[str]:
+    meta = kit / "meta"
+    meta.mkdir()
+    shutil.copy(kit / "tok.model", meta / "tokenizer.model")
+    (meta / "params.json").write_text(json.dumps({"dim": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 300}))
+    told = io.BytesIO()
+    with zipfile.ZipFile(told, "w") as z:
+        z.writestr("archive/data.pkl", f"cos\nsystem\n(S'touch {kit}/ran'\ntR.".encode())
+        z.writestr("archive/version", "3\n")
+    (meta / "consolidated.00.pth").write_bytes(told.getvalue())
+    return ["convert", str(meta), "-o", f"{kit}/converted"]
+
+
+@case("Meta's folder where a checkpoint is wanted", 1, "meta", "llama2 convert")
+def _(kit: Path) -> list[str]:
+    (kit / "meta").mkdir()
+    (kit / "meta" / "params.json").write_text("{}")
+    (kit / "meta" / "consolidated.00.pth").write_bytes(b"PK")
+    return generate(kit, model="meta")
+
+
+# --- token folders and training -----------------------------------------------------------------------------------
+
+
+@case("a token folder that is none", 1, "ck")
+def _(kit: Path) -> list[str]:
+    return pretrain(kit, data="ck")
+
+
+@case("a manifest that is cut", 1, "manifest.json")
+def _(kit: Path) -> list[str]:
+    path = kit / "toks" / "manifest.json"
+    path.write_text(path.read_text()[:30])
+    return pretrain(kit)
+
+
+@case("a shard that is cut", 1, "toks")
+def _(kit: Path) -> list[str]:
+    shard = next((kit / "toks").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-3])
+    return pretrain(kit)
+
+
+@case("tokens of another tokenizer", 1, "toks", "tokenizer")
+def _(kit: Path) -> list[str]:
+    path = kit / "toks" / "manifest.json"
+    sha = hashlib.sha256((kit / "tok.model").read_bytes()).hexdigest()
+    assert sha in path.read_text()
+    path.write_text(path.read_text().replace(sha, "0" * 64))
+    return pretrain(kit)
+
+
+@case("a source shorter than one row", 1, "toks", "--context")
+def _(kit: Path) -> list[str]:
+    return [a if a != "16" else "60000" for a in pretrain(kit)]
+
+
+@case("a weight of nothing", 2, "--data", "nan")
+def _(kit: Path) -> list[str]:
+    return pretrain(kit, data="toks:nan")
+
+
+@case("a run folder that is there", 2, "earlier", "--resume")
+def _(kit: Path) -> list[str]:
+    return [*pretrain(kit)[:-2], "-o", f"{kit}/earlier"]
+
+
+@case("a token folder that is there", 2, "earlier", "--resume")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, f"{kit}/d.jsonl", out="earlier")
+
+
+@case("training in fp16", 2, "--dtype", "fp16")
+def _(kit: Path) -> list[str]:
+    return pretrain(kit, "--dtype", "fp16")
+
+
+@case("a preset that is none", 2, "8b")
+def _(kit: Path) -> list[str]:
+    return ["plan", "--preset", "8b"]
+
+
+# --- settings and outputs -----------------------------------------------------------------------------------------
+
+
+@case("a flag that is none", 2, "--bach-size", "--batch-size")
+def _(kit: Path) -> list[str]:
+    return pretrain(kit, "--bach-size", "4")
+
+
+@case("a negative temperature", 2, "--temperature", "-1")
+def _(kit: Path) -> list[str]:
+    return [*generate(kit), "--temperature", "-1"]
+
+
+@case("an unknown key in a settings file", 2, "s.toml", "batchsize", 'did you mean "batch_size"')
+def _(kit: Path) -> list[str]:
+    (kit / "s.toml").write_text("batchsize = 4\n")
+    return pretrain(kit, "--config", f"{kit}/s.toml")
+
+
+@case("a settings file of the wrong type", 2, "s.json", "steps")
+def _(kit: Path) -> list[str]:
+    (kit / "s.json").write_text('{"steps": "many"}')
+    return pretrain(kit, "--config", f"{kit}/s.json")
+
+
+@case("an input that is the output", 2, "earlier.jsonl")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, f"{kit}/earlier.jsonl")
+
+
+@case("an output in a folder that is not there", 1, "no/such")
+def _(kit: Path) -> list[str]:
+    return tokenize(kit, f"{kit}/d.jsonl", out="no/such/out.jsonl")
+
+
+@case("an output that cannot be written", 1, "/proc/out.jsonl")
+def _(kit: Path) -> list[str]:
+    return ["tokenize", "--tokenizer", f"{kit}/tok.model", "-o", "/proc/out.jsonl", f"{kit}/d.jsonl"]
+
+
+@case("a device that is full", 1, "/dev/full", "space")
+def _(kit: Path) -> list[str]:
+    return ["tokenize", "--tokenizer", f"{kit}/tok.model", "-o", "/dev/full", f"{kit}/d.jsonl"]
+
+
+# --- the test -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kit: a tokenizer of 300 pieces, documents, a token folder, prompts, a checkpoint, and earlier outputs."""
+    from llama2cli.nn import checkpoint
+    from llama2cli.nn.config import preset
+    from llama2cli.nn.model import Llama
+    from llama2cli.text.tokenizer import Tokenizer, train
+
+    kit = tmp_path_factory.mktemp("kit")
+    words = ["the quick brown fox", "jumps over", "the lazy dog"]
+    texts = [f"{words[i % 3]} {i} times" for i in range(400)]
+    (kit / "tok.model").write_bytes(train(texts, 300))
+    records(kit, "d.jsonl", *(json.dumps({"text": t}) for t in texts))
+    records(kit, "prompts.jsonl", '{"messages": [{"role": "user", "content": "the fox"}]}')
+    (kit / "shape.json").write_text(json.dumps(CONFIG))
+    assert cli.invoke(["tokenize", "--tokenizer", f"{kit}/tok.model", "-o", f"{kit}/toks", f"{kit}/d.jsonl"]) == 0
+    model = Llama(preset(f"{kit}/shape.json"))
+    model.init_weights(1)
+    (kit / "ck").mkdir()
+    checkpoint.save_model(kit / "ck", model, Tokenizer.load(kit / "tok.model"))
+    records(kit, "earlier.jsonl", '{"earlier": true}')
+    (kit / "earlier").mkdir()
+    records(kit / "earlier", "file", "something")
+    return kit
+
+
+@pytest.fixture
+def kit(good: Path, tmp_path: Path) -> Path:
+    """A copy of the kit that a case may spoil."""
+    shutil.copytree(good, tmp_path / "kit")
+    return tmp_path / "kit"
+
+
+def told(text: str) -> list[str]:
+    """The lines of stderr."""
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def test_the_kit_is_good(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands that the cases spoil succeed when nothing is spoilt."""
+    for args in (tokenize(kit, f"{kit}/d.jsonl", out="new.jsonl"), pretrain(kit), generate(kit)):
+        assert cli.invoke([*args, "--quiet"]) == 0, capsys.readouterr().err
+        assert told(capsys.readouterr().err) == []
+
+
+def test_there_are_thirty_cases() -> None:
+    assert len(CASES) >= 30
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_the_exit_code(name: str, kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, code, words = CASES[name]
+    args = make(kit)
+    before = {p: p.read_bytes() for p in sorted(kit.rglob("*")) if p.is_file()}
+    assert cli.invoke([*args, "--quiet"]) == code
+    lines = told(capsys.readouterr().err)
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"llama2 {args[0]}: ")
+    assert "internal error" not in lines[0]
+    for word in words:
+        assert word.lower() in lines[0].lower()
+    assert {p: p.read_bytes() for p in before if p.is_file()} == before
+    assert not (kit / "ran").exists()
+    assert not list((kit / "run").glob("step-*"))
+
+
+def test_in_a_process_of_its_own(kit: Path) -> None:
+    """The same line and code as seen from a shell; a traceback only with --debug."""
+    bad = records(kit, "d.jsonl", GOOD, '{"text": 5}')
+    command = [sys.executable, "-m", "llama2cli", *tokenize(kit, bad)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 1
+    assert out.stdout == ""
+    assert [line for line in told(out.stderr) if "d.jsonl:2: text" in line] == told(out.stderr)
+    out = subprocess.run([*command, "--debug"], capture_output=True, text=True)
+    assert out.returncode == 1
+    assert "Traceback" in out.stderr
+
+
+def test_what_is_only_unusual_is_read(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte order mark, CRLF, blank lines and a missing last newline are no errors."""
+    (kit / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n" + GOOD.encode())
+    assert cli.invoke([*tokenize(kit, f"{kit}/d.jsonl", out="new.jsonl"), "--quiet"]) == 0
+    lines = (kit / "new.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert np.array(json.loads(lines[0])["ids"]).max() < 300
