@@ -7,11 +7,14 @@ what follows from those by arithmetic; the shapes of the larger models are neith
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from llama2cli import cli
 from llama2cli.nn import budget, ops
 from llama2cli.nn.config import PRESETS, ModelConfig, ffn_size, learning_rate
 from llama2cli.nn.model import Block, Llama
@@ -251,6 +254,41 @@ def test_table_1_batch_is_4m_tokens() -> None:
     assert default("batch_size") == pytest.approx(4e6, rel=0.05)
     assert default("batch_size") % 4096 == 0  # type: ignore[operator]
     assert plan.parse_count(plan.Settings().batch_size, "") == default("batch_size")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer (tok.model) and some tokens (tokens)."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "d.jsonl").write_text("".join(f'{{"text": "line {i} of {i * i}"}}\n' for i in range(2000)))
+    train = ["tokenize", "--train", "--vocab-size", "300", "-o", str(folder / "tok.model"), str(folder / "d.jsonl")]
+    assert cli.invoke([*train, "--quiet"]) == 0
+    write = [
+        "tokenize",
+        "--tokenizer",
+        str(folder / "tok.model"),
+        "-o",
+        str(folder / "tokens"),
+        str(folder / "d.jsonl"),
+    ]
+    assert cli.invoke([*write, "--quiet"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("name", "rate"), zip(PAPER, (3.0e-4, 3.0e-4, 1.5e-4, 1.5e-4)))
+def test_2_2_pretrain_of_a_size_resolves_to_the_papers_run(
+    name: str, rate: float, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`pretrain --preset SIZE` for 2.0T tokens, and nothing else said, is the paper's recipe as a whole."""
+    steps = round(2.0e12 / (4 << 20))
+    args = ["--preset", name, "--tokenizer", str(data / "tok.model"), "--steps", str(steps), "-o", str(data / "run")]
+    assert cli.invoke(["pretrain", *args, "--dry-run", "--quiet", str(data / "tokens")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    got = record["resolved"]
+    assert (got["lr"], got["warmup"], got["weight_decay"], got["clip"]) == (rate, 2000, 0.1, 1.0)
+    assert (got["batch_size"], got["context"]) == (4 << 20, 4096)
+    assert record["tokens"] == pytest.approx(2.0e12, rel=1e-5)
+    assert not (data / "run").exists()
 
 
 # --- 2.2.1 (hardware) and Table 2 -------------------------------------------------------------------------------------
