@@ -160,7 +160,7 @@ def is_token_folder(path: Path) -> bool:
 def folder_name(source: str, taken: Sequence[str] = ()) -> str:
     """A folder name for a source: itself where that is a plain name, else its plain part and a hash."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", source).strip("._-")[:60] or "source"
-    if plain != source or plain.lower() in {t.lower() for t in taken} or plain.startswith("shard-"):
+    if plain != source or plain.lower() in {t.lower() for t in taken} or plain.startswith(("shard-", MANIFEST)):
         plain = f"{plain}-{sha256(source.encode()).hexdigest()[:8]}"
     return plain
 
