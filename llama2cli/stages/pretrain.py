@@ -199,10 +199,6 @@ def prepare(settings: Settings, world: World) -> Job:
     on_cuda = world.device.type == "cuda"
     resolved = {
         "seed": settings.seed,
-        **corpus.described,
-        "tokenizer": tokenizer.sha256,
-        "model": dataclasses.asdict(config),
-        "init": provenance.fingerprint(init) if init else None,
         "context": context,
         "batch_size": shape.rows * context,
         "micro_batch": shape.micro,
@@ -223,6 +219,10 @@ def prepare(settings: Settings, world: World) -> Job:
         "activation_checkpointing": settings.activation_checkpointing,
         "compile": settings.compile,
         "kernels": settings.kernels,
+        **corpus.described,
+        "tokenizer": tokenizer.sha256,
+        "init": provenance.fingerprint(init) if init else None,
+        "model": dataclasses.asdict(config),
     }
     return Job(settings, world, tokenizer, config, init, named, corpus, shape, context, steps, resolved)
 
@@ -315,26 +315,22 @@ def dry_run(job: Job) -> dict[str, Any]:
     rows = [*told, ("parameters", f"{plan['parameters']:,}"), ("tokens", f"{plan['tokens']:,}")]
     rows += [("memory per device", f"{memory.total / 1e9:.3g} GB"), ("disk", f"{plan['disk']['run'] / 1e9:.3g} GB")]
     console.table("settings", ["", ""], rows)
-    show_data(job.corpus.described["data"], job.steps * job.shape.rows)
-    return {"dry_run": True, "resolved": job.resolved, **plan}
-
-
-def show_data(described: list[dict[str, Any]], rows: int) -> None:
-    """The table of sources. rows: of the whole run."""
+    rows_read = job.steps * job.shape.rows
     console.table(
         "data",
         ["source", "share", "tokens", "documents", "epochs"],
         [
             (
-                d["name"],
-                f"{d['share']:.3f}",
-                f"{d['tokens']:,}",
-                f"{d['documents']:,}",
-                f"{rows * d['share'] / d['windows']:.2f}",
+                s.name,
+                f"{s.share:.3f}",
+                f"{s.stream.n_tokens:,}",
+                f"{s.stream.documents:,}",
+                f"{rows_read * s.share / s.windows:.2f}",
             )
-            for d in described
+            for s in job.corpus.mixed
         ],
     )
+    return {"dry_run": True, "resolved": job.resolved, **plan}
 
 
 # --- 3. training --------------------------------------------------------------------------------------------------
@@ -387,7 +383,7 @@ def go(job: Job, folder: Run, at: State, machine: Machine | None, stop: Stop) ->
     import torch
 
     from llama2cli.nn import checkpoint, ops
-    from llama2cli.training import card, heldout, meter, optim, state
+    from llama2cli.training import card, dist, heldout, meter, optim, state
     from llama2cli.training.build import build
     from llama2cli.training.data import epochs
     from llama2cli.training.fit import Plan, fit
@@ -397,10 +393,11 @@ def go(job: Job, folder: Run, at: State, machine: Machine | None, stop: Stop) ->
     dtype = checkpoint.DTYPES[resolved["dtype"]]
 
     # the process: threads and kernels as they were, before the first operation on tensors
-    ops.setup_process()
     ops.force(settings.kernels)
     if machine is not None:
         state.take_over(machine, world, folder.folder)
+    ops.setup_process()
+    ops.restore(dist.from_first(world, ops.choices()))
 
     # model and optimizer
     model, loss = build(

@@ -114,11 +114,12 @@ def open_corpus(named: Sequence[Named], heldout: float | Sequence[Named], tokeni
         held = [whole(n.name, open_folder(n, tokenizer)) for n in heldout]
     mixed = sources(streams, [n.weight for n in named], context)
     told = [
-        {"name": s.name, "share": s.share, "tokens": s.stream.n_tokens, "documents": s.stream.documents}
-        | {"windows": s.windows, "sha256": fingerprint(n.path)}
-        for s, n in zip(mixed, named)
+        {"name": s.name, "share": s.share, "tokens": f.n_tokens, "documents": f.n_documents}
+        | {"sha256": fingerprint(n.path)}
+        for s, f, n in zip(mixed, opened, named)
     ]
+    fraction = heldout if isinstance(heldout, float) else None
     apart = [{"name": h.name, "tokens": h.n_tokens, "documents": h.documents} for h in held]
     if not isinstance(heldout, float):
         apart = [a | {"sha256": fingerprint(n.path)} for a, n in zip(apart, heldout)]
-    return Corpus(mixed, held, {"data": told, "heldout": apart})
+    return Corpus(mixed, held, {"data": told, "heldout": {"fraction": fraction, "sources": apart}})

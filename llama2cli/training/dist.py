@@ -6,10 +6,12 @@ tensors travel (gloo on CPU, nccl on CUDA): torch's calls that send Python objec
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,6 +86,20 @@ def barrier(here: World) -> None:
     """Wait until every rank is here."""
     if here.size > 1:
         dist.barrier()
+
+
+def from_first(here: World, value: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's value on every rank. It travels as the bytes of its JSON."""
+    if here.size == 1:
+        return value
+    data = json.dumps(value).encode()
+    size = torch.tensor(len(data), device=here.device)
+    dist.broadcast(size, 0)
+    content = torch.zeros(int(size), dtype=torch.uint8, device=here.device)
+    if here.first:
+        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(content, 0)
+    return json.loads(bytes(content.tolist()))
 
 
 def shard(root: nn.Module, blocks: Iterable[nn.Module], here: World, *, dtype: torch.dtype = torch.float32) -> None:

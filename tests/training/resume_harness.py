@@ -28,8 +28,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 
 class Server:
     """The fork server of one stage, and one running child of it at a time."""
@@ -92,14 +90,16 @@ def server(stage: str) -> Iterator[Server]:
 
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor of every safetensors file in a step folder, read by the safetensors library."""
+    import torch
     from safetensors import safe_open
 
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        with safe_open(path, "np") as f:
+        with safe_open(path, "pt") as f:
             for name in f.keys():  # noqa: SIM118
-                value = np.ascontiguousarray(f.get_tensor(name))
-                found[f"{path.relative_to(folder)}:{name}"] = (str(value.dtype), value.shape, value.tobytes())
+                value = f.get_tensor(name)
+                data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+                found[f"{path.relative_to(folder)}:{name}"] = (str(value.dtype), tuple(value.shape), data)
     return found
 
 

@@ -74,7 +74,7 @@ def test_folders_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) 
     with pytest.raises(DataError, match=r'source "a" was made with the tokenizer [0-9a-f]{12}, this one is'):
         corpora.open_corpus(named, [], other, 16)
     opened = corpora.open_corpus(named, [Named("b", str(corpus / "b"), None)], Tokenizer.load(corpus / "tok.model"), 16)
-    assert [h.name for h in opened.heldout] == ["b"] and opened.described["heldout"][0]["documents"] == 150
+    assert [h.name for h in opened.heldout] == ["b"] and opened.described["heldout"]["sources"][0]["documents"] == 150
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------

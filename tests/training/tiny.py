@@ -16,6 +16,7 @@ SHAPE = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=16,
+    rms_norm_eps=1e-5,
     tie_word_embeddings=False,
 )
 
