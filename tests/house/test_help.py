@@ -43,7 +43,7 @@ def examples(doc: str) -> list[str]:
 
 def ours(lines: list[str]) -> list[list[str]]:
     """The arguments of each `llama2 ...` in the lines of a shell script with pipes."""
-    script = "\n".join(lines).replace("\\\n", " ").replace("\n", " ;\n")
+    script = "\n".join(lines).replace("\\\n", " ").replace("\n", "\n; ")
     lexer = shlex.shlex(script, posix=True, punctuation_chars="|&;<>()")
     lexer.whitespace_split = True
     commands: list[list[str]] = [[]]

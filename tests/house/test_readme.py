@@ -73,7 +73,7 @@ def typed(block: Block) -> str:
 
 def simple_commands(script: str) -> Iterator[list[str]]:
     """The words of every command of a shell script: pipes, lists, loops, substitutions and redirections taken apart."""
-    lexer = shlex.shlex(script.replace("\\\n", " ").replace("\n", " ;\n"), posix=True, punctuation_chars="|&;<>()")
+    lexer = shlex.shlex(script.replace("\\\n", " ").replace("\n", "\n; "), posix=True, punctuation_chars="|&;<>()")
     lexer.whitespace_split = True
     words: list[str] = []
     redirected = False
@@ -119,7 +119,7 @@ def flags_of(command: str) -> set[str]:
 
 def wrong_command(args: list[str]) -> str | None:
     """What is wrong with the arguments of `llama2`, or None. Values are checked where they are literal."""
-    if not args or args[0] in ("--help", "--version"):
+    if not args or args[0] in ("--help", "--version") or args[0].isupper():  # `llama2 COMMAND --help`
         return None
     if args[0] not in cli.COMMANDS:
         return f"no command {args[0]}"
@@ -240,10 +240,10 @@ GOOD = """
 # A title
 
 Use `--gpus` or `--batch-size 4M`, see [the data](examples/data/README.md) and [torch](https://pytorch.org).
-Then `make test`.
+Then `make test`; `llama2 COMMAND --help` tells more.
 
 ```sh
-make test
+make test   # a comment: of words
 OMP_NUM_THREADS=1 llama2 plan 7b --gpus 8 \\
   --tokens 2T | jq .gpu_hours   # a comment with --nothing
 x=$(llama2 plan 7b --json | head -1) && echo "$(llama2 plan 13b --quiet)" > out.json
