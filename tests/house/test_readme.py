@@ -117,8 +117,8 @@ def flags_of(command: str) -> set[str]:
     return found
 
 
-def wrong_command(args: list[str]) -> str | None:
-    """What is wrong with the arguments of `llama2`, or None. Values are checked where they are literal."""
+def wrong_command(args: list[str], whole: bool = True) -> str | None:
+    """What is wrong with the arguments of `llama2`, or None. whole: not a mention, so values are checked too."""
     if not args or args[0] in ("--help", "--version") or args[0].isupper():  # `llama2 COMMAND --help`
         return None
     if args[0] not in cli.COMMANDS:
@@ -129,7 +129,7 @@ def wrong_command(args: list[str]) -> str | None:
         if re.match(r"^-{1,2}[A-Za-z]", word) and name not in known:
             return f"{args[0]} has no flag {name}"
     literal = not any(c in word for word in args for c in "$<>…") and "..." not in args
-    if literal and not {"--help", "-h", "--config"} & {word.partition("=")[0] for word in args}:
+    if whole and literal and not {"--help", "-h", "--config"} & {word.partition("=")[0] for word in args}:
         app = cli.build(args[0], args, lambda settings: None)
         try:
             typer.main.get_command(app)(list(args), prog_name="llama2", standalone_mode=False)
@@ -143,13 +143,13 @@ def make_targets(makefile: str) -> set[str]:
     return {t for line in re.findall(r"^([\w./ -]+):(?!=)", makefile, flags=re.MULTILINE) for t in line.split()}
 
 
-def wrong_in_script(script: str, root: Path) -> list[str]:
-    """Commands of a script that do not exist: llama2's own and make's targets."""
+def wrong_in_script(script: str, root: Path, whole: bool = True) -> list[str]:
+    """Commands of a script that do not exist: llama2's own and make's targets. whole: see `wrong_command`."""
     wrong = []
     for words in simple_commands(script):
         args = arguments(words)
         if args is not None:
-            wrong.append(wrong_command(args))
+            wrong.append(wrong_command(args, whole))
         if words[:1] == ["make"]:
             folder = root / words[words.index("-C") + 1] if "-C" in words else root
             named = [w for i, w in enumerate(words[1:], 1) if w[0] != "-" and "=" not in w and words[i - 1] != "-C"]
@@ -171,7 +171,7 @@ def wrong_in_document(markdown: str, root: Path) -> list[str]:
     every = FOREIGN.union(*map(flags_of, cli.COMMANDS))
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
         if span.startswith(("llama2 ", "make ")):
-            wrong += [f"`{span}`: {w}" for w in wrong_in_script(span, root)]
+            wrong += [f"`{span}`: {w}" for w in wrong_in_script(span, root, whole=False)]
         elif re.match(r"^--[a-z]", span):
             names = re.findall(r"(?<!\S)--[a-z][\w-]*", span)
             wrong += [f"`{span}`: no command has {name}" for name in names if name not in every]
