@@ -107,8 +107,10 @@ def this_cpu(settings: Settings) -> budget.GPU:
 
     import torch
 
+    from llama2cli.nn import ops
     from llama2cli.training import meter
 
+    ops.setup_process()  # as training does: the peak is that of the operations it would use
     cpu = torch.device("cpu")
     peak, _ = meter.peak_flops(cpu, torch.float32, settings.peak)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -208,7 +210,7 @@ def show(records: list[dict[str, Any]], settings: Settings) -> None:
         return [label, *(cell(r) for r in records)]
 
     def gb(part: str) -> Any:
-        return lambda r: f"{r['memory'][part] / 1e9:.1f}"
+        return lambda r: f"{r['memory'][part] / 1e9:.3g}"
 
     def fits(r: dict[str, Any]) -> str:
         return "no" if not r["fits"] else "with checkpointing" if r["memory"]["checkpointing"] else "yes"
@@ -225,7 +227,7 @@ def show(records: list[dict[str, Any]], settings: Settings) -> None:
         row("context", lambda r: f"{r['context']:,}"),
         row("batch, tokens", lambda r: f"{r['batch_size']:,}"),
         row("steps", lambda r: f"{r['steps']:,}"),
-        row("weights, gradients, AdamW, GB", lambda r: f"{sharded(r) / 1e9:.1f}"),
+        row("weights, gradients, AdamW, GB", lambda r: f"{sharded(r) / 1e9:.3g}"),
         row("gathered layers, GB", gb("gathered")),
         row("activations, GB", gb("activations")),
         row("head and loss, GB", gb("head")),

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from llama2cli import cli
+from llama2cli.nn import ops
 
 ROOT = Path(__file__).parents[2]
 SHORTER = {"pretrain": "--steps 3 --save-every 3 --eval-tokens 500", "generate": "--max-new-tokens 8"}
@@ -40,6 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, run = str(folder / "tok.model"), str(folder / "run")
     quiet = ["--quiet"]
     train = ["--steps", "2", "--context", "64", "--batch-size", "128", "--warmup", "1"]
+    before = ops.choices()
     for args in (
         ["tokenize", "--train", "--vocab-size", "400", "-o", model, alice],
         ["tokenize", "--tokenizer", model, "--txt-split", "\n\n", "-o", str(folder / "tokens" / "books"), alice],
@@ -49,6 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (folder / "tokens").mkdir(exist_ok=True)
         assert cli.invoke([*args, *quiet]) == 0, args
+    ops.restore(before)
     shutil.copy(model, folder / "tokenizer.model")
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ SHAPES = {
     **PRESETS,
 }
 TOLERANCE = 0.10  # of memory: the sum that is predicted against the peak that is tracked
+
+
+@pytest.fixture(autouse=True)
+def plain_operations() -> Iterator[None]:
+    """The plain forms are what a GPU runs, and what the formulas count."""
+    before = ops.choices()
+    ops.force("plain")
+    yield
+    ops.restore(before)
 
 
 @pytest.mark.parametrize("name", ["small", "grouped", "tied", "7b", "70b"])
@@ -59,7 +69,6 @@ def test_flops_are_torchs_count(name: str) -> None:
     kernels make the scores again, which is not the model's own work.
     """
     config = SHAPES[name]
-    ops.force("plain")
     model = Llama(config)
     model.init_weights(0)
     T = 128
@@ -115,7 +124,6 @@ def test_gpus_are_as_sold() -> None:
 
 def tracked_peak(config: ModelConfig, rows: int, length: int, dtype: torch.dtype, checkpointing: bool) -> int:
     """Peak bytes of training steps of two micro-batches on the CPU, as torch's memory tracker sees the tensors."""
-    ops.force("plain")
     model = Llama(config)
     model.init_weights(0)
     model.checkpoint_layers = checkpointing
@@ -151,7 +159,6 @@ def test_memory_of_one_gpu_is_what_torch_tracks(name: str, dtype: torch.dtype, c
 
 def sharded_peak(config: ModelConfig, gpus: int, length: int, dtype: torch.dtype, checkpointing: bool) -> int:
     """Peak bytes of one of several processes, sharded as in training; the others are made up by torch's fake group."""
-    ops.force("plain")
     torch.distributed.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
         loss = NextToken(Llama(config))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,12 @@ TINY = ModelConfig(64, 32, 88, 2, 4, 2, 32)
 
 
 @pytest.fixture(autouse=True)
-def plain_operations() -> None:
+def plain_operations() -> Iterator[None]:
     """What is asserted here is the method; that faster paths equal the plain one is tested with them."""
+    before = ops.choices()
     ops.force("plain")
+    yield
+    ops.restore(before)
 
 
 def default(name: str) -> object:

@@ -118,11 +118,15 @@ def test_other_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_this_machine_as_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """`--gpu cpu` measures the peak of the processor in fp32; one of them unless more are asked for."""
+    from llama2cli.nn import ops
+
+    before = ops.choices()
     (r,), _ = plan(capsys, "15m", "--gpu", "cpu", "--tokens", "20M", "--batch-size", "64K", "--context", "256")
     assert 1e9 < r["peak"] < 1e14
     assert r["gpus"] == 1 and r["memory"]["parameters"] == 4 * r["parameters"]
     assert r["gpu_hours"] == pytest.approx(r["flops"] / (r["peak"] * r["mfu"]) / 3600)
     assert r["tco2"] > 0
+    ops.restore(before)
 
 
 def test_a_batch_that_the_gpus_cannot_make_is_told(capsys: pytest.CaptureFixture[str]) -> None:
