@@ -7,8 +7,10 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,53 @@ from llama2cli.nn import ops
 from llama2cli.nn.model import Block, KVCache, Llama
 
 Project = Callable[[Tensor], Tensor]
+
+
+# --- products of few rows -----------------------------------------------------------------------------------------
+# Where `ops` found oneDNN to be the faster library for fp32 products, it is so for steps too, if the weight has its
+# layout beforehand; small products are faster with torch's usual one, ten times so the thin ones of attention.
+
+PACKED_BYTES = 6 << 30  # of weights; the layout is a copy
+WORTH = 1 << 20  # multiplications in one call, below which oneDNN's fixed cost of some 8 microseconds eats the gain
+
+
+def prepare(weights: Sequence[Tensor], rows: int) -> list[Project]:
+    """x [N, D] -> x weight^T [N, E] for each weight [E, D], where N is at most `rows`."""
+    choices = ops.choices()
+    onednn = choices["mode"] == "auto" and choices["picks"].get("matmul.fp32") == "fast"
+    if any(w.is_cuda or w.dtype != torch.float32 for w in weights) or sum(w.nbytes for w in weights) > PACKED_BYTES:
+        onednn = False
+    return [
+        partial(_packed, _pack(w, rows)) if onednn and rows * w.numel() >= WORTH else partial(_plain, w)
+        for w in weights
+    ]
+
+
+def _plain(weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _pack(weight: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+
+
+def _packed(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@contextmanager
+def usual_products() -> Iterator[None]:
+    """Within, torch's usual library multiplies whatever has no layout of oneDNN's."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
 
 
 class SlotView(KVCache):
@@ -38,7 +87,10 @@ class Decoder:
 
     def refresh(self) -> None:
         """Prepare the weights, unless they are those that were prepared before."""
-        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+        state = [
+            ops.choices(),
+            *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()),
+        ]
         if state == self.prepared:
             return
         model, self.prepared = self.model, state
@@ -54,6 +106,7 @@ class Decoder:
         self.sin_S1K = torch.cat((-sin, sin), -1)[:, None]
         self.heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
 
+    @usual_products()
     def step(self, ids_N: Tensor, cache: KVCache, lengths_N: Tensor, longest: int) -> Tensor:
         """Append one token to each row of the cache's memory and return the logits after it, fp32 [N, V].
 
@@ -94,12 +147,3 @@ def attend(q_NGRK: Tensor, k_NGTK: Tensor, v_NGTK: Tensor, mask_NG1T: Tensor) ->
     k, v = k_NGTK.flatten(0, 1), v_NGTK.flatten(0, 1)  # views; 10 to 20% faster than the kernel on a CPU
     weights = torch.baddbmm(mask_NG1T.flatten(0, 1), q_NGRK.flatten(0, 1), k.transpose(1, 2), alpha=K**-0.5)
     return torch.bmm(torch.softmax(weights, -1), v).view(N, G, R, K)
-
-
-def prepare(weights: Sequence[Tensor], rows: int) -> list[Project]:
-    """x [N, D] -> x weight^T [N, E] for each weight [E, D], where N is at most `rows`."""
-    return [_plain(w) for w in weights]
-
-
-def _plain(weight: Tensor) -> Project:
-    return lambda x: F.linear(x, weight)

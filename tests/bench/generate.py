@@ -1,0 +1,143 @@
+"""New tokens per second: our engine beside transformers' generate, on the same weights, prompts and lengths.
+
+    python tests/bench/generate.py [--sizes 1m,15m] [--batches 1,16,64] [--rounds 3] [--threads 1] [--core 0]
+
+Random weights, prompts of 64 tokens, 128 new ones, drawn at temperature 1 (no top-k, no top-p), no stop token. Each
+side runs in a process of its own, and the two take turns, so that a machine that others use disturbs both; the figure is
+the best of the rounds. transformers is run as it is shipped, and once more with glibc told to keep freed memory, as our
+commands do. One JSON line for each size and batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+PROMPT, NEW = 64, 128
+SIDES = ("ours", "transformers", "transformers_keeping_memory")
+KEEP = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="1m,15m")
+    parser.add_argument("--batches", default="1,16,64")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--core", default="", help="core to pin to; not pinned when not given")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = arguments()
+    if a.side:
+        print(json.dumps(measure(a)))
+        return
+    best: dict[str, dict[str, float]] = {side: {} for side in SIDES}
+    for _ in range(a.rounds):
+        for side in SIDES:
+            for case, rate in child(side).items():
+                best[side][case] = max(best[side].get(case, 0), rate)
+    for case in best["ours"]:
+        size, batch = case.split(":")
+        rates = {side: best[side][case] for side in SIDES}
+        line: dict[str, Any] = dict(
+            what="generate", size=size, dtype=a.dtype, device=a.device, batch=int(batch), **rates
+        )
+        line["ratio"] = round(rates["ours"] / rates["transformers"], 2)
+        line["ratio_keeping_memory"] = round(rates["ours"] / rates["transformers_keeping_memory"], 2)
+        print(json.dumps(line))
+
+
+def child(side: str) -> dict[str, float]:
+    """Tokens per second by "size:batch", measured in a fresh process."""
+    env = os.environ | (KEEP if side == SIDES[2] else {})
+    done = subprocess.run([sys.executable, *sys.argv, "--side", side], stdout=subprocess.PIPE, env=env, check=True)
+    return json.loads(done.stdout)
+
+
+def measure(a: argparse.Namespace) -> dict[str, float]:
+    """One side's tokens per second: the better of two runs after a warm-up."""
+    os.environ["OMP_NUM_THREADS"] = str(a.threads)
+    if a.core:
+        os.sched_setaffinity(0, {int(c) for c in a.core.split(",")})
+    import torch
+
+    from llama2cli.nn.checkpoint import DTYPES
+    from llama2cli.nn.config import PRESETS
+    from llama2cli.nn.model import Llama
+
+    torch.set_num_threads(a.threads)
+    rates = {}
+    for size in a.sizes.split(","):
+        model = Llama(PRESETS[size])
+        model.init_weights(seed=0)
+        model.to(a.device, DTYPES[a.dtype])
+        for batch in map(int, a.batches.split(",")):
+            ids = torch.randint(
+                3, model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch)
+            )
+            run = ours(model, ids) if a.side == "ours" else theirs(model, ids)
+            rates[f"{size}:{batch}"] = max(rate(run) for _ in range(3))
+    return rates
+
+
+def rate(run: Any) -> float:
+    """Tokens per second of one call."""
+    began = time.perf_counter()
+    return round(run() / (time.perf_counter() - began), 1)
+
+
+def ours(model: Any, ids: Any) -> Any:
+    """A call that generates with our engine and says how many tokens."""
+    from llama2cli.nn import ops
+    from llama2cli.sampling.engine import Engine
+    from llama2cli.sampling.sampler import SampleParams
+
+    class NeverEnds:
+        eos_id = -1
+
+    ops.setup_process()
+    engine = Engine(model, NeverEnds(), rows=len(ids))  # type: ignore[arg-type]
+    params = [SampleParams(NEW, 1.0, seed=0, index=i) for i in range(len(ids))]
+    return lambda: sum(len(r.ids) for r in engine.generate(ids.tolist(), params))
+
+
+def theirs(model: Any, ids: Any) -> Any:
+    """The same with transformers' generate, its dynamic cache."""
+    import torch
+    import transformers
+
+    from llama2cli.nn.checkpoint import state_to_hf
+    from llama2cli.nn.config import config_to_json
+
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_to_json(model.config))).eval()
+    hf.to(model.embed.device, model.embed.dtype)
+    hf.load_state_dict(state_to_hf(model.state_dict(), model.config), strict=False)
+    hf.generation_config.eos_token_id = None
+    ids = ids.to(model.embed.device)
+    options = dict(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, attention_mask=torch.ones_like(ids)
+    )
+
+    def run() -> int:
+        with torch.no_grad():
+            return hf.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, **options)[:, PROMPT:].numel()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
