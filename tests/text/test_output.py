@@ -139,28 +139,23 @@ class TestKilled:
     def test_with_sigkill_at_random_moments(self, tmp_path, name, whole, monkeypatch):
         path = tmp_path / name
         rng = random.Random(name)
-        slow = os.fsync
-
-        def fsync(descriptor):
-            time.sleep(0.0005)
-            slow(descriptor)
-
-        monkeypatch.setattr(os, "fsync", fsync)
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.001), fsync(descriptor)))
         kills = 0
-        for _ in range(60):
+        while kills < 12:
             pid = os.fork()
             if pid == 0:
                 run(path)
                 os._exit(0)
-            time.sleep(rng.uniform(0.001, 0.03))
+            time.sleep(rng.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)
-            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
-                break
-            kills += 1
-            assert not path.exists() or path.read_bytes() == whole
-        else:
-            run(path)
-        assert kills >= 3
+            killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+            kills += killed
+            if path.exists():
+                assert path.read_bytes() == whole
+                path.unlink()
+            assert killed or not (tmp_path / f"{name}.journal").exists()
+        run(path)
         assert path.read_bytes() == whole
 
     def test_what_is_done_is_not_done_again(self, tmp_path, name, whole, capsys):
@@ -187,6 +182,7 @@ class TestKilled:
         with Output(str(tmp_path / name), key=""):
             pass
         assert read(tmp_path / name) == []
+        assert (tmp_path / name).read_bytes()[:2] == {"a.jsonl": b"", "a.jsonl.gz": b"\x1f\x8b"}.get(name, b"\x28\xb5")
 
 
 class TestJournal:
@@ -201,6 +197,12 @@ class TestJournal:
         assert run(path, key="k") == N
         assert "is of other settings or inputs; starting over" in capsys.readouterr().err
         assert read(path) == EXPECTED
+
+    def test_of_a_longer_output_leaves_nothing_behind(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        self.interrupted(path, key="other")
+        run(path, inputs=FEW)
+        assert len(read(path)) == 1 + sum(len(expand(record)) for _, record in FEW)
 
     def test_is_not_continued_without_resume(self, tmp_path, capsys):
         path = tmp_path / "a.jsonl"
@@ -399,8 +401,9 @@ def test_a_real_disk_that_is_full(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("out", ["-", "/dev/full"])
-def test_dev_full(out):
+def test_dev_full(out, unbuffered):
     code = """
 import sys
 from llama2cli.errors import Failure
@@ -413,8 +416,9 @@ except Failure as e:
     print(e, file=sys.stderr)
     sys.exit(1)
 """
+    command, env = [sys.executable, "-c", code, out], os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        process = subprocess.run([sys.executable, "-c", code, out], stdout=full, stderr=subprocess.PIPE, text=True)
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
     name = "stdout" if out == "-" else out
     assert (process.returncode, process.stderr) == (1, f"{name}: cannot be written (No space left on device)\n")
 

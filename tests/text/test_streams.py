@@ -269,6 +269,14 @@ def test_the_longest_line_is_inclusive(tmp_path):
     assert error(read_lines, [path], max_line=9) == f"{path}:1: is longer than 9 bytes (--max-line)"
 
 
+def test_a_long_line_over_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks._Replay.read, "__defaults__", (4,))
+    path = file(tmp_path, b"a" * 10 + b"\n" + b"b" * 11 + b"\n")
+    for longest, line in ((10, 2), (9, 1)):
+        assert error(read_lines, [path], max_line=longest).startswith(f"{path}:{line}: is longer than")
+    assert len(list(read_lines([path], max_line=11))) == 2
+
+
 def test_texts(tmp_path):
     path = file(tmp_path, "one\r\n\n  two \u2028\x0c three \n".encode())
     assert [(p.line, t) for p, t in read_texts([path])] == [(1, "one"), (3, "  two \u2028\x0c three ")]
@@ -344,6 +352,7 @@ def test_bad_json_in_an_array(tmp_path, bad):
         (b'[{"text":""}] []', ": something follows the end of the JSON array"),
         (b'[{"text":"' + b"a" * 3000 + b'"}]', ":element 1: is longer than 1,000 bytes (--max-line)"),
         (b"[1, 2]", ":element 1: expected an object, got an integer"),
+        (b'[{"a" 1}, ' + b"1," * 900 + b'{"text":""}]', ":element 1: is not JSON, or cut: expecting ':' delimiter"),
         (b'[{"text":""},{"text":1}]', ":element 2: text: expected a string, got an integer"),
         (gzip.compress(b'[{"text":""},{"text":1}]')[:-9], "the gzip data end too early"),
     ],
