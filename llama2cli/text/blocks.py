@@ -107,7 +107,7 @@ def read_blocks(source: str | Path) -> Iterator[bytes]:
     """
     name = display_name(source)
     try:
-        if name == "stdin":
+        if str(source) == "-":
             if sys.stdin is None or sys.stdin.closed:
                 raise DataError("is closed", name)
             yield from _as_text(_decompress(sys.stdin.buffer), name)

@@ -90,13 +90,12 @@ def fingerprint(*parts: Any, paths: Iterable[str | Path] = ()) -> str:
     for part in parts:
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             part = {k: v for k, v in dataclasses.asdict(part).items() if k not in NEUTRAL}
-        digest.update(msgspec.json.encode(part, enc_hook=str, order="deterministic") + b"\n")
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     for path in map(Path, paths):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             status = file.stat() if file.is_file() else None
-            digest.update(
-                f"{file}\0{status and (status.st_size, status.st_mtime_ns)}\n".encode("utf-8", "surrogateescape")
-            )
+            state = status and (status.st_size, status.st_mtime_ns)
+            digest.update(f"{file}\0{state}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -111,7 +110,7 @@ def open_output(settings: Filter, *parts: Any, paths: Iterable[str | Path] = ())
 
 
 class Entry(msgspec.Struct):
-    """A line of a journal: the first holds the key, the others a window each."""
+    """A line of a journal: the first holds the key, each of the others the state after a window."""
 
     key: str = ""
     consumed: int = 0
@@ -139,17 +138,19 @@ class Output:
     """
 
     def __init__(self, path: str, *, key: str, resume: bool = True, inputs: Sequence[str | Path] = ()) -> None:
-        self.name = "stdout" if path == "-" else path
+        self.is_stdout = path == "-"
+        self.name = "stdout" if self.is_stdout else path
         self.skip = self.consumed = self.digest = 0
         self.digests: deque[int] = deque()  # after each input that was handed out and is not done
         self.lines: list[bytes] = []  # of the open window
         self.size = 0
+        self.bytes = 0  # in the file
         self.frame: Any = None  # compressor of the open window
         self.journal: BinaryIO | None = None
         self.compressor = _compressor(path)
         _refuse_input(path, inputs)
         with self._writing():
-            if path == "-":
+            if self.is_stdout:
                 if sys.stdout is None or sys.stdout.closed:
                     raise DataError("is closed", self.name)
                 self.file: Any = sys.stdout.buffer
@@ -166,7 +167,7 @@ class Output:
         except BrokenPipeError:
             raise
         except OSError as e:
-            if self.name == "stdout":  # what is still in its buffer must not fail again when the interpreter exits
+            if self.is_stdout:  # what is still in its buffer must not fail again when the interpreter exits
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise DataError(f"cannot be written ({e.strerror})", self.name) from None
 
@@ -187,8 +188,9 @@ class Output:
             console.say(f"{self.name}: continuing after {self.skip:,} inputs")
         else:
             entries = [Entry(key)]
-        self.file.truncate(entries[-1].bytes)
-        self.file.seek(entries[-1].bytes)
+        self.bytes = entries[-1].bytes
+        self.file.truncate(self.bytes)
+        self.file.seek(self.bytes)
         atomic_write(self.journal_path, b"".join(map(encode, entries)))
         self.journal = self.journal_path.open("ab", buffering=0)
 
@@ -269,7 +271,7 @@ class Output:
         self.consumed = consumed
         if self.journal is not None:
             with self._writing():
-                entry = Entry("", consumed, self.file.tell(), self.digest)
+                entry = Entry("", consumed, self.bytes, self.digest)
                 _write_all(self.journal, encode(entry))
                 os.fsync(self.journal.fileno())
 
@@ -280,23 +282,27 @@ class Output:
         if self.compressor is not None and data:
             self.frame = self.frame or self.compressor()
             data = self.frame.compress(data)
+        self._put(data)
+
+    def _put(self, data: bytes) -> None:
         with self._writing():
             _write_all(self.file, data)
+        self.bytes += len(data)
 
     def _end_window(self) -> None:
         """Write the whole of the window, finish its frame, and make it durable."""
         self._spill()
+        if self.frame is not None:
+            self._put(self.frame.flush())
+            self.frame = None
         with self._writing():
-            if self.frame is not None:
-                _write_all(self.file, self.frame.flush())
-                self.frame = None
             self.file.flush()
             if self.journal is not None:
                 os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Finish: the file gets its name, and the journal goes."""
-        if self.compressor is not None and self.frame is None and not self.lines and not self.file.tell():
+        if self.compressor is not None and self.frame is None and not self.lines and not self.bytes:
             self.frame = self.compressor()  # an empty file is not one that zstd or gzip would read
         self._end_window()
         if self.journal is not None:
@@ -312,7 +318,7 @@ class Output:
         """Let go of the files; without `close`, the next process goes on from the journal."""
         if self.journal is not None:
             self.journal.close()
-        if self.name != "stdout":
+        if not self.is_stdout:
             self.file.close()
 
     def __enter__(self) -> Output:
@@ -323,8 +329,11 @@ class Output:
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self._leave()
+            return
+        if self.journal is not None and not self.consumed:  # nothing to go on from
+            self.partial.unlink(missing_ok=True)
+            self.journal_path.unlink(missing_ok=True)
+        self._leave()
 
 
 def _compressor(path: str) -> Callable[[], Any] | None:

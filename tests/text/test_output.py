@@ -27,7 +27,7 @@ from llama2cli.errors import DataError, Misuse
 from llama2cli.settings import Filter
 from llama2cli.text import output
 from llama2cli.text.output import Output, encode, fingerprint, open_output
-from llama2cli.text.streams import Place, read_records, windows
+from llama2cli.text.streams import Place, read_lines, read_records, windows
 
 N, WINDOW = 100, 7
 INPUTS = [(Place("in.jsonl", i), {"text": f"{i} " + "é" * (i % 5)}) for i in range(1, N + 1)]
@@ -246,6 +246,12 @@ class TestJournal:
         run(path)
         assert read(path) == EXPECTED
 
+    def test_a_command_that_fails_at_once_leaves_nothing(self, tmp_path):
+        with pytest.raises(KeyError), Output(str(tmp_path / "a.jsonl"), key="k") as out:
+            out.write(1)
+            raise KeyError
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_finished_output_is_made_anew(self, tmp_path):
         path = tmp_path / "a.jsonl"
         assert run(path) == run(path) == N
@@ -433,13 +439,21 @@ def test_a_reader_that_goes_away_is_no_data_error(monkeypatch, tmp_path):
     os.close(write_end)
 
 
-def test_pipes_and_links(tmp_path):
-    fifo, target = tmp_path / "fifo", tmp_path / "target"
+def test_files_that_are_called_as_the_standard_streams(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("stdout")
+    assert read("stdout") == EXPECTED
+    os.rename("stdout", "stdin")  # noqa: PTH104
+    assert len(list(read_lines(["stdin"]))) == len(EXPECTED)
+
+
+@pytest.mark.parametrize("name", ["fifo", "fifo.zst"])
+def test_pipes_and_links(tmp_path, name):
+    fifo, target = tmp_path / name, tmp_path / "target"
     os.mkfifo(fifo)
-    with subprocess.Popen(["cat", str(fifo)], stdout=-1) as reader:
+    with subprocess.Popen(["cat", str(fifo)], stdout=(tmp_path / f"copy-{name}").open("wb")):
         run(fifo)
-        assert reader.stdout
-        assert [json.loads(line) for line in reader.stdout] == EXPECTED
+    assert read(tmp_path / f"copy-{name}") == EXPECTED
     target.write_text("earlier")
     target.chmod(0o640)
     (tmp_path / "link").symlink_to(target)
@@ -500,6 +514,11 @@ class TestFingerprint:
         assert fingerprint(Filter(files=["a"], **same)) == key
         assert len({key, fingerprint(Filter(files=["b"])), fingerprint(Filter(files=["a"], seed=1)),
                     fingerprint(Filter(files=["a"], window=2)), fingerprint(Filter(files=["a"]), 1)}) == 5  # fmt: skip
+
+    def test_names_that_are_not_utf8(self):
+        assert fingerprint(Filter(files=["a\udcff"]), paths=["a\udcff"]) != fingerprint(
+            Filter(files=["a"]), paths=["a"]
+        )
 
     def test_files_count_by_size_and_time(self, tmp_path):
         path = tmp_path / "weights"
