@@ -9,7 +9,8 @@ Choices that the paper leaves open:
 2. An epoch of a source is all its windows in a shuffled order of its own; where the first begins differs by epoch.
 3. Each row's source is drawn independently, with probability = weight / sum of weights. Without weights it is the
    source's share of the tokens.
-4. Held-out documents are chosen by a hash of their number, not by --seed: runs with different seeds compare.
+4. Held-out documents are chosen by a hash of their number, not by --seed: runs with different seeds compare. Of a
+   source that is one document, its end is held out.
 """
 
 from __future__ import annotations
@@ -82,14 +83,17 @@ def whole(name: str, folder: TokenFolder) -> Stream:
 def split(name: str, folder: TokenFolder, fraction: float) -> tuple[Stream, Stream]:
     """(training, held-out) documents of a folder; about `fraction` of its tokens are held out.
 
-    Documents are taken in the order of a hash of their number while they fit, at least one. Raises DataError for a
-    folder of one document, which cannot be split.
+    Documents are taken in the order of a hash of their number while they fit, at least one; of a single document its
+    end is. Raises DataError where nothing would be left to train on.
     """
     starts = np.asarray(folder.document_starts(), np.int64)
     stops = np.append(starts[1:], folder.n_tokens)
     n = len(starts)
-    if n < 2:
-        raise DataError(f'source "{name}" has {n} document: nothing can be held out of it; give --heldout a folder')
+    if n == 1:
+        cut = folder.n_tokens - max(2, int(fraction * folder.n_tokens))  # one token that is predicted, at the least
+        if cut < 2:
+            raise DataError(f'source "{name}" has {folder.n_tokens} tokens: nothing can be held out of it')
+        return tuple(Stream(name, folder, np.array([a]), np.array([b]), 1) for a, b in ((0, cut), (cut, stops[0])))  # type: ignore[return-value]
     lengths, room = stops - starts, int(fraction * folder.n_tokens)
     taken = np.zeros(n, bool)
     left = np.argsort(splitmix(np.arange(n, dtype=np.uint64)), kind="stable")

@@ -128,14 +128,21 @@ def test_a_small_share_holds_out_one_document(corpus: Path) -> None:
     assert held.documents == 1 and train.documents == 399
 
 
-def test_one_document_cannot_be_split(corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_of_one_document_the_end_is_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
     from llama2cli.text.shards import ShardWriter
 
-    with ShardWriter(tmp_path / "one", tokenizer, shard_tokens=100) as writer:
-        writer.add("one", tokenizer.pack(["a text"])[0], 6)
-        writer.publish({})
-    with pytest.raises(DataError, match='"one" has 1 document: nothing can be held out'):
-        data.split("one", TokenFolder.open(tmp_path / "one"), 0.5)
+    text = " ".join(tiny.documents(50))
+    for name, words in (("one", text), ("less", "")):
+        with ShardWriter(tmp_path / name, tokenizer, shard_tokens=1 << 20) as writer:
+            writer.add(name, tokenizer.pack([words])[0], len(words))
+            writer.publish({})
+    folder = TokenFolder.open(tmp_path / "one")
+    train, held = data.split("one", folder, 0.1)
+    assert held.n_tokens == folder.n_tokens // 10
+    whole = [*train.read(0, train.n_tokens), *held.read(0, held.n_tokens)]
+    assert tokenizer.decode(whole) == text
+    with pytest.raises(DataError, match='"less" has 2 tokens: nothing can be held out'):
+        data.split("less", TokenFolder.open(tmp_path / "less"), 0.5)
 
 
 def test_streamed_records_become_documents() -> None:
