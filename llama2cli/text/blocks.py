@@ -63,7 +63,10 @@ def check_sources(paths: Sequence[str | Path]) -> list[str]:
         identity = _identity(source)
         if identity in seen:
             other = display_name(seen[identity])
-            raise Misuse("is given twice" + (f' (it is "{other}")' if other != source else ""), display_name(source))
+            raise Misuse(
+                "is given twice" + (f' (it is "{other}")' if other != display_name(source) else ""),
+                display_name(source),
+            )
         if identity is not None:
             seen[identity] = source
     return sources
