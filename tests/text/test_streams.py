@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -22,6 +23,7 @@ from llama2cli.text import blocks, streams
 from llama2cli.text.streams import read_lines, read_records, read_texts, read_whole_text, some, windows
 
 zstd = zstandard.ZstdCompressor(write_checksum=True).compress
+gz = partial(gzip.compress, mtime=0)  # the same bytes in every worker
 DOCS = [{"text": f"text {i}: é 中 😀\n\t\0\u2028"} for i in range(5)]
 LINES = b"".join(json.dumps(d).encode() + b"\n" for d in DOCS)
 SKIPPED = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # a zstd frame without data, as pzstd writes
@@ -51,9 +53,9 @@ def error(function, *args, kind=DataError, **options):
 
 WHOLE = {
     "plain": LINES,
-    "gzip": gzip.compress(LINES),
-    "gzip members": gzip.compress(LINES[:50]) + gzip.compress(b"") + gzip.compress(LINES[50:]),
-    "gzip padded": gzip.compress(LINES) + b"\0" * 3000,
+    "gzip": gz(LINES),
+    "gzip members": gz(LINES[:50]) + gz(b"") + gz(LINES[50:]),
+    "gzip padded": gz(LINES) + b"\0" * 3000,
     "zstd": zstd(LINES),
     "zstd frames": zstd(LINES[:50]) + zstd(b"") + zstd(LINES[50:]),
     "zstd with frames to skip": SKIPPED + zstd(LINES[:50]) + SKIPPED + zstd(LINES[50:]) + SKIPPED,
@@ -70,7 +72,7 @@ WHOLE = {
     "no end of line": LINES[:-1],
     "blank lines": b"\n \n" + LINES.replace(b"\n", b"\n\n\t\r\n"),
     "byte order mark": b"\xef\xbb\xbf" + LINES,
-    "byte order mark in gzip": gzip.compress(b"\xef\xbb\xbf" + LINES),
+    "byte order mark in gzip": gz(b"\xef\xbb\xbf" + LINES),
     "array": json.dumps(DOCS).encode(),
     "array over lines": b"\n\n " + json.dumps(DOCS, indent=2, ensure_ascii=False).encode() + b"\n\n",
     "array in zstd": zstd(json.dumps(DOCS, indent=1).encode()),
@@ -108,7 +110,7 @@ def test_a_compressed_file_cut_at_any_byte_is_seen_to_be_cut(tmp_path, form):
         assert line.startswith(f"{path}:") and line.endswith("end too early; the file is cut"), cut
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, zstd])
+@pytest.mark.parametrize("compress", [gz, zstd])
 def test_damage_is_never_a_traceback(tmp_path, compress):
     data = compress(LINES)
     for i in range(4, len(data)):
@@ -122,7 +124,7 @@ def test_damage_is_never_a_traceback(tmp_path, compress):
 def test_the_line_of_the_damage_is_named(tmp_path):
     path = file(tmp_path, zstd(LINES) + b"garbage", "docs.jsonl.zst")
     assert error(read_lines, [path]) == f"{path}:6: the zstd data are damaged (Unknown frame descriptor)"
-    path = file(tmp_path, gzip.compress(LINES) + b"garbage", "docs.jsonl.gz")
+    path = file(tmp_path, gz(LINES) + b"garbage", "docs.jsonl.gz")
     assert error(read_lines, [path]) == f"{path}:6: the gzip data are damaged (incorrect header check)"
 
 
@@ -152,7 +154,7 @@ def test_a_bomb_costs_little_memory(tmp_path, unit, message):
 
 
 def test_blocks_are_bounded(tmp_path):
-    for name, data in {"zst": zstd(b"\0" * (5 << 20)), "gz": gzip.compress(b"\0" * (5 << 20))}.items():
+    for name, data in {"zst": zstd(b"\0" * (5 << 20)), "gz": gz(b"\0" * (5 << 20))}.items():
         sizes = [len(b) for b in blocks.read_blocks(file(tmp_path, data, name))]
         assert sum(sizes) == 5 << 20 and max(sizes) <= blocks.BLOCK
 
@@ -163,7 +165,7 @@ def test_blocks_are_bounded(tmp_path):
         (LINES.decode().encode("utf-16"), "is UTF-16, not UTF-8; convert it (iconv -t UTF-8)"),
         (LINES.decode().encode("utf-16-be"), "is not JSON"),
         (b"\xfe\xff" + LINES.decode().encode("utf-16-be"), "is UTF-16, not UTF-8"),
-        (gzip.compress(LINES.decode().encode("utf-16")), "is UTF-16"),
+        (gz(LINES.decode().encode("utf-16")), "is UTF-16"),
         (b"\xfd7zXZ\0\0\0", "is xz data; plain text, zstd and gzip are read"),
         (b"BZh91AY&SY", "is bzip2 data"),
         (b"PK\x03\x04\x14", "is a zip archive"),
@@ -354,7 +356,7 @@ def test_bad_json_in_an_array(tmp_path, bad):
         (b"[1, 2]", ":element 1: expected an object, got an integer"),
         (b'[{"a" 1}, ' + b"1," * 900 + b'{"text":""}]', ":element 1: is not JSON, or cut: expecting ':' delimiter"),
         (b'[{"text":""},{"text":1}]', ":element 2: text: expected a string, got an integer"),
-        (gzip.compress(b'[{"text":""},{"text":1}]')[:-9], "the gzip data end too early"),
+        (gz(b'[{"text":""},{"text":1}]')[:-9], "the gzip data end too early"),
     ],
 )
 def test_bad_arrays(tmp_path, monkeypatch, data, message):
@@ -365,7 +367,7 @@ def test_bad_arrays(tmp_path, monkeypatch, data, message):
 
 
 def test_an_empty_array_and_an_empty_file_hold_no_records(tmp_path):
-    for data in (b"", b"\n \n", b"[]", b"[ ]\n", gzip.compress(b""), zstd(b"")):
+    for data in (b"", b"\n \n", b"[]", b"[ ]\n", gz(b""), zstd(b"")):
         path = file(tmp_path, data)
         assert docs(path) == []
         assert error(some, read_records([path], "document"), [path]) == f"{path}: holds no records"
