@@ -1,4 +1,4 @@
-"""Records per second on one core, JSON and checks included, beside the bare decoders: `python tests/bench/records.py`."""
+"""Records per second on one core, JSON and checks included, beside bare decoders: `python tests/bench/records.py`."""
 
 from __future__ import annotations
 
