@@ -221,7 +221,12 @@ def invoke(args: Sequence[str]) -> int:
 
     def act(settings: Base) -> None:
         console.configure(f"llama2 {command}", settings.quiet)
-        emit(stage(command or "").run(settings))
+        try:
+            emit(stage(command or "").run(settings))
+        except BrokenPipeError:
+            # The reader of our output has gone, as `| head` does. Typer would exit with 1; and the interpreter must not
+            # complain at its end about what is still in the buffer.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     try:
         app = build(command, args, act)
@@ -229,10 +234,6 @@ def invoke(args: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except typer.Exit as e:
         return e.exit_code
-    except BrokenPipeError:
-        # the reader of our output has gone, as `| head` does: keep the interpreter from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (Exception, KeyboardInterrupt) as e:
         if "--debug" in args:
             console.traceback()
