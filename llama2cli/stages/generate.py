@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
 from llama2cli.settings import Compute, Filter, flag
-from llama2cli.text.chat import TAGS, encode_dialogue, escape
+from llama2cli.text.chat import TAGS, encode_conversation, escape
 from llama2cli.text.records import Record
 from llama2cli.text.streams import Place, open_output, read_records, read_texts, some, windows
 
@@ -65,6 +65,7 @@ class Counts:
     tokens: int = 0
     truncated: int = 0
     at_context: int = 0
+    empty: int = 0
     escaped: int = 0
     skipped: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -141,6 +142,7 @@ def answer(
         counts.answers += 1
         counts.truncated += result.truncated
         counts.at_context += result.truncated and len(result.ids) < settings.max_new_tokens
+        counts.empty += not result.truncated and len(result.ids) == 1
         record, n_escaped = completed(record, ids, result, tokenizer, settings.tags)
         counts.escaped += n_escaped
         yield record
@@ -158,13 +160,8 @@ def encode_request(
     if settings.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": settings.system}, *messages]
         record = record | {"messages": messages}
-    n_answers = 0
-    if settings.tags == "refuse":  # what a user typed; an answer of a model is escaped
-        safe = [escape(m["content"]) if m["role"] == "assistant" else (m["content"], 0) for m in messages]
-        n_answers = sum(n for _, n in safe)
-        messages = [{**m, "content": text} for m, (text, _) in zip(messages, safe)]
-    encoded = encode_dialogue(tokenizer, messages, tags=settings.tags, place=place)
-    return record, encoded.ids, encoded.n_escaped + n_answers
+    encoded = encode_conversation(tokenizer, messages, tags=settings.tags, place=place)
+    return record, encoded.ids, encoded.n_escaped
 
 
 def completed(record: Record, ids: list[int], result: Result, tokenizer: Tokenizer, tags: str) -> tuple[Record, int]:
@@ -183,12 +180,15 @@ def report(counts: Counts, settings: Settings, sampling: Sampling) -> None:
     """The closing line on stderr."""
     seconds = max(time.monotonic() - counts.began, 1e-9)
     how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
-    parts = [f"{counts.answers:,} answers, {counts.tokens:,} tokens, {counts.tokens / seconds:,.0f} tokens/s, {how}"]
+    rate = f"{counts.tokens:,} tokens, {counts.tokens / seconds:,.0f} tokens/s"
+    parts = [f"{counts.answers:,} {'answer' if counts.answers == 1 else 'answers'}, {rate}, {how}"]
     at_limit = counts.truncated - counts.at_context
     if at_limit:
         parts.append(f"{at_limit:,} truncated at --max-new-tokens {settings.max_new_tokens}")
     if counts.at_context:
         parts.append(f"{counts.at_context:,} truncated at the end of the context")
+    if counts.empty:
+        parts.append(f"{counts.empty:,} empty")
     if counts.escaped:
         parts.append(f"{counts.escaped:,} tags of the chat format escaped")
     if counts.skipped:

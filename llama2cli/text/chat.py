@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2cli.errors import DataError
@@ -75,6 +75,18 @@ def encode_prompt(
     if not messages or messages[-1]["role"] != "user":
         raise DataError("messages: expected a dialogue that ends with a user message", *place)
     return encode_dialogue(tokenizer, messages, tags=tags, place=place).ids
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, tags: Tags = "refuse", place: Sequence[object] = ()
+) -> Encoded:
+    """As `encode_dialogue`, where `tags` is about what a person typed: tags in a model's answers are always escaped."""
+    if tags == "keep":
+        return encode_dialogue(tokenizer, messages, tags=tags, place=place)
+    safe = [escape(m["content"]) if m["role"] == "assistant" else (m["content"], 0) for m in messages]
+    settled = [{**m, "content": text} for m, (text, _) in zip(messages, safe)]
+    encoded = encode_dialogue(tokenizer, settled, tags=tags, place=place)
+    return replace(encoded, n_escaped=encoded.n_escaped + sum(n for _, n in safe))
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: list[int], user: str, answer: str) -> list[int]:

@@ -3,7 +3,7 @@
     python tests/bench/generate.py [--sizes 1m,15m] [--batches 1,16,64] [--rounds 3] [--threads 1] [--core 0]
 
 Random weights, prompts of 64 tokens, 128 new ones, drawn at temperature 1 (no top-k, no top-p), no stop token. Each
-side runs in a process of its own, and the two take turns, so that a machine that others use disturbs both; the figure is
+side runs in a process of its own, and they take turns, so that a machine that others use disturbs all; the figure is
 the best of the rounds. transformers is run as it is shipped, and once more with glibc told to keep freed memory, as our
 commands do. One JSON line for each size and batch.
 """
