@@ -53,7 +53,7 @@ class Engine:
     """Answers prompts with one model. rows: how many are decoded together at most."""
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, *, rows: int = 64) -> None:
-        self.model, self.rows, self.eos_id = model.eval(), rows, tokenizer.eos_id
+        self.model, self.rows, self.eos_id = model, rows, tokenizer.eos_id
         self.context = model.config.max_position_embeddings
         self.decoder = Decoder(model, rows)
         self.talk: Talk | None = None

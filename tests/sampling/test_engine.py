@@ -8,6 +8,7 @@ import torch
 from llama2cli.errors import DataError
 from llama2cli.nn.config import ModelConfig
 from llama2cli.nn.model import KVCache, Llama
+from llama2cli.sampling import decode
 from llama2cli.sampling import engine as engine_module
 from llama2cli.sampling.decode import Decoder
 from llama2cli.sampling.engine import Batch, Engine
@@ -231,6 +232,36 @@ def test_a_step_equals_the_model(kv_heads, dtype):
             difference = (ours[:, row, :, : n + 1] - theirs[:, row, :, : n + 1]).float()
             assert difference.norm() <= tolerance * theirs[:, row].float().norm()
             assert torch.equal(ours[:, row, :, :n], theirs[:, row, :, :n])
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a torch without oneDNN's operator")
+def test_weights_in_onednn_layout_give_the_same(monkeypatch):
+    model, plain = make(2), Decoder(make(2), 8)
+    monkeypatch.setattr(decode.ops, "choices", lambda: {"mode": "auto", "picks": {"matmul.fp32": "fast"}})
+    monkeypatch.setattr(decode, "WORTH", 0)
+    packed = Decoder(model, 8)
+    assert packed.head.func is not plain.head.func
+    ids, lengths = torch.arange(10, 15), torch.zeros(5, dtype=torch.long)
+    with torch.inference_mode():
+        want, got = (
+            d.step(ids, KVCache(model.config, 8, 4, dtype=torch.float32, device="cpu"), lengths, 0)
+            for d in (plain, packed)
+        )
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    monkeypatch.setattr(decode, "PACKED_BYTES", 10)
+    assert Decoder(model, 8).head.func is plain.head.func
+
+
+def test_a_step_leaves_the_process_as_it_was():
+    matmul = torch.backends.mkldnn.matmul
+    before, model = matmul.fp32_precision, make()
+    matmul.fp32_precision = "bf16"
+    try:
+        Engine(model, Ends()).generate(prompts(2), [SampleParams(3)] * 2)
+        assert matmul.fp32_precision == "bf16"
+        assert not torch.is_inference_mode_enabled()
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_weights_that_were_trained_on_are_noticed():
