@@ -1,11 +1,14 @@
 """Bytes in: files and stdin, plain, zstd or gzip by content, in blocks of at most 1 MiB of decompressed data.
 
-A bomb of 32,000 : 1 costs its reader one block of memory. Compressed data that are cut are told from whole ones:
-python-zstandard's stream reader returns what it has when a file ends inside a frame, and says nothing.
+A bomb of 32,000 : 1 costs its reader one block of memory, and compressed data that are cut are told from whole ones.
+
+zstd is Python 3.14's own module, or its backport: python-zstandard weighs 24 MB, and its stream reader returns what it
+has when a file ends inside a frame, and says nothing.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import stat
 import sys
@@ -13,13 +16,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse, did_you_mean
 
 BLOCK = 1 << 20
-ZSTD_WINDOW = 1 << 27  # what the zstd program itself accepts without --long
+ZSTD_WINDOW_LOG = 27  # what the zstd program itself accepts without --long
 ZSTD_MAGIC, GZIP_MAGIC = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
 SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # zstd frames without data
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -177,75 +180,32 @@ def _gunzip(source: _Replay) -> Iterator[bytes]:
 
 def _unzstd(source: _Replay) -> Iterator[bytes]:
     """Blocks of zstd data of one or more frames."""
-    import zstandard
+    zstd = zstd_module()
+    options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+    held = source.read()
+    while held:
+        frame = zstd.ZstdDecompressor(options=options)
+        while not frame.eof:
+            try:
+                block = frame.decompress(held, BLOCK)
+            except zstd.ZstdError as e:
+                if "too much memory" in str(e):
+                    raise Damaged("the zstd window is larger than 128 MiB; compress it again without --long") from None
+                raise Damaged(f"the zstd data are damaged ({str(e).split(': ')[-1]})") from None
+            held = b""
+            if block:
+                yield block
+            if frame.needs_input and not frame.eof:
+                held = source.read()
+                if not held:
+                    raise Damaged("the zstd data end too early; the file is cut")
+        held = frame.unused_data or source.read()
 
-    frames = _FrameWatch(source)
-    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-    reader = decompressor.stream_reader(frames, read_size=1 << 17, read_across_frames=True)  # type: ignore[arg-type]
-    try:
-        while block := reader.read1(BLOCK):
-            yield block
-    except zstandard.ZstdError as e:
-        reason = str(e).removeprefix("zstd decompress error: ")
-        if "too much memory" in reason:
-            raise Damaged("the zstd window is larger than 128 MiB; compress it again without --long") from None
-        raise Damaged(f"the zstd data are damaged ({reason})") from None
-    if frames.inside:
-        raise Damaged("the zstd data end too early; the file is cut")
 
-
-class _FrameWatch:
-    """Passes zstd data on and follows the frames (RFC 8878, section 3.1), to know whether the data end inside one."""
-
-    def __init__(self, source: _Replay) -> None:
-        self.source = source
-        self.held = b""  # of the header that is being read
-        self.skip = 0  # bytes of block content or checksum still to come
-        self.in_frame = self.checksum = False
-
-    @property
-    def inside(self) -> bool:
-        return self.in_frame or self.skip > 0 or bool(self.held)
-
-    def read(self, size: int = BLOCK) -> bytes:
-        data = self.source.read(size)
-        at = 0
-        while at < len(data):
-            if self.skip:
-                step = min(self.skip, len(data) - at)
-                self.skip -= step
-            else:
-                step = min(self._header_size() - len(self.held), len(data) - at)
-                self.held += data[at : at + step]
-                if len(self.held) == self._header_size():
-                    self._enter(self.held)
-                    self.held = b""
-            at += step
-        return data
-
-    def _header_size(self) -> int:
-        """Bytes of the header that is being read, as far as its beginning tells."""
-        if self.in_frame:
-            return 3  # of a block
-        if self.held[:4] in SKIPPABLE:
-            return 8
-        if len(self.held) < 5:
-            return 5
-        descriptor = self.held[4]  # then follow window, dictionary id, content size
-        single = descriptor >> 5 & 1
-        return 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6]
-
-    def _enter(self, header: bytes) -> None:
-        """Take in a whole header: what follows it, and what comes after that."""
-        if self.in_frame:
-            block = int.from_bytes(header, "little")
-            last, kind, size = block & 1, block >> 1 & 3, block >> 3
-            self.skip = (1 if kind == 1 else size) + (4 if last and self.checksum else 0)
-            self.in_frame = not last
-        elif header[:4] in SKIPPABLE:
-            self.skip = int.from_bytes(header[4:], "little")
-        else:
-            self.in_frame, self.checksum = True, bool(header[4] & 4)
+def zstd_module() -> Any:
+    """`compression.zstd` of Python 3.14, or its backport."""
+    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    return importlib.import_module(name)
 
 
 def _as_text(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:

@@ -28,6 +28,7 @@ import msgspec
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse
 from llama2cli.settings import Filter
+from llama2cli.text.blocks import zstd_module
 from llama2cli.text.folders import atomic_write, fsync_folder
 
 SPILL = 8 << 20  # bytes of an open window that are held before they are compressed and written
@@ -339,9 +340,10 @@ class Output:
 def _compressor(path: str) -> Callable[[], Any] | None:
     """What makes the compressor of a window, by the suffix of the file. Raises Misuse for one that is not written."""
     if path.endswith(".zst"):
-        import zstandard
-
-        return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compressobj
+        zstd = zstd_module()
+        parameter = zstd.CompressionParameter
+        options = {parameter.compression_level: ZSTD_LEVEL, parameter.checksum_flag: 1}
+        return lambda: zstd.ZstdCompressor(options=options)
     if path.endswith(".gz"):
         return lambda: zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)  # a header without name and time
     if path.endswith(OTHER_SUFFIXES):
