@@ -387,12 +387,14 @@ def go(job: Job, folder: Run, at: State, machine: Machine | None, stop: Stop) ->
     from llama2cli.training.build import build
     from llama2cli.training.data import epochs
     from llama2cli.training.fit import Plan, fit
+    from llama2cli.training.order import mix
     from llama2cli.training.run import TIMING
 
     settings, world, resolved = job.settings, job.world, job.resolved
     dtype = checkpoint.DTYPES[resolved["dtype"]]
 
-    # the process: threads and kernels as they were, before the first operation on tensors
+    # the process: seed, threads and kernels, before the first operation on tensors
+    torch.manual_seed(mix(settings.seed, world.rank))
     ops.force(settings.kernels)
     if machine is not None:
         state.take_over(machine, world, folder.folder)

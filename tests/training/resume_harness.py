@@ -284,8 +284,11 @@ def tell(message: object) -> None:
 
 def child(message: dict[str, Any]) -> None:
     """Run a command line; never returns."""
+    import torch
+
     from llama2cli import cli
 
+    torch.seed()  # as every new process has it: no child inherits the server's
     log, code = message["log"], 1
     for fd, suffix in ((0, None), (1, ".out"), (2, ".err")):
         path = log + suffix if suffix else os.devnull
