@@ -50,10 +50,15 @@ def not_finite() -> DataError:
 
 
 class Engine:
-    """Answers prompts with one model. rows: how many are decoded together at most."""
+    """Answers prompts with one model. rows: how many are decoded together at most.
+
+    Where the model has more rows than the tokenizer has pieces (a padded vocabulary), those ids are never drawn, and
+    have no part in the probabilities.
+    """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, *, rows: int = 64) -> None:
         self.model, self.rows, self.eos_id = model, rows, tokenizer.eos_id
+        self.vocab_size = tokenizer.vocab_size
         self.context = model.config.max_position_embeddings
         self.decoder = Decoder(model, rows)
         self.talk: Talk | None = None
@@ -187,7 +192,9 @@ class Batch:
         policy = self.policy if start == 0 else Policy([self.params[i] for i in self.owner[start:]], logits.device)
         steps = self.steps[rows]
         index = self.arange[rows]
-        drawn = draw(logits, policy, self.uniform[index, steps][:, None], logprobs=bool(self.scores))
+        drawn = draw(
+            logits[:, : self.engine.vocab_size], policy, self.uniform[index, steps][:, None], logprobs=bool(self.scores)
+        )
         self.last[rows] = drawn.ids_N
         self.out[index, steps] = drawn.ids_N
         for kept, new in zip(self.scores, (drawn.logprobs_N, drawn.sampled_N)):
@@ -230,7 +237,6 @@ class Talk:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.decoder = Decoder(engine.model, 1)
         self.cache = new_cache(engine.model, 1, 0)
         self.held: list[int] = []  # the ids whose keys and values are in the cache
 
@@ -253,7 +259,7 @@ class Talk:
         while shared < min(len(self.held), len(prompt) - 1) and self.held[shared] == prompt[shared]:
             shared += 1
         with torch.inference_mode():
-            self.decoder.refresh()
+            engine.decoder.refresh()
             self.reserve(len(prompt) + 1)
             del self.held[shared:]
             part = SlotView(self.cache.keys, self.cache.values, [shared])
@@ -262,7 +268,7 @@ class Talk:
             logits = model.logits(hidden[:, -1]).float()
         for step in range(limit):
             with torch.inference_mode():  # not around the yield: the caller's code is no inference
-                drawn = draw(logits, policy, uniform[step : step + 1, None])
+                drawn = draw(logits[:, : engine.vocab_size], policy, uniform[step : step + 1, None])
                 if not drawn.sound_N.all():
                     raise not_finite()
                 token = int(drawn.ids_N)
@@ -272,5 +278,5 @@ class Talk:
             with torch.inference_mode():
                 self.reserve(len(self.held) + 1)
                 length = torch.tensor([len(self.held)], device=device)
-                logits = self.decoder.step(drawn.ids_N, self.cache, length, len(self.held))
+                logits = engine.decoder.step(drawn.ids_N, self.cache, length, len(self.held))
                 self.held.append(token)

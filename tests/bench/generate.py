@@ -107,7 +107,7 @@ def ours(model: Any, ids: Any) -> Any:
     from llama2cli.sampling.sampler import SampleParams
 
     class NeverEnds:
-        eos_id = -1
+        eos_id, vocab_size = -1, model.config.vocab_size
 
     ops.setup_process()
     engine = Engine(model, NeverEnds(), rows=len(ids))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ VOCAB, CONTEXT, EOS = 131, 96, 2
 class Ends:
     """What the engine needs of a tokenizer."""
 
-    eos_id = EOS
+    eos_id, vocab_size = EOS, VOCAB
 
 
 def make(kv_heads: int = 2, *, tied: bool = False, seed: int = 0, eos_bias: float = 0.0, dtype=torch.float32) -> Llama:
@@ -149,6 +149,19 @@ def test_first_tokens_have_the_frequencies_of_the_softmax():
     counts = torch.bincount(torch.tensor([r.ids[0] for r in results]), minlength=VOCAB).double()
     # every frequency within 5 standard errors: one in a million each by chance
     assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_ids_without_a_piece_are_never_drawn(temperature):
+    model, small = make(), Ends()
+    small.vocab_size = 40  # the model has 131 rows
+    asked, params = prompts(8, longest=8), [SampleParams(20, temperature)] * 8
+    results = Engine(model, small).generate(asked, params, logprobs=True)
+    assert all(i < 40 for r in results for i in r.ids)
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([asked[0]])))[0, -1, :40].double()
+    assert results[0].logprobs[0] == pytest.approx(torch.log_softmax(logits, -1)[results[0].ids[0]].item(), abs=1e-4)
+    assert all(i < 40 for i in Engine(model, small).stream([1, 5], SampleParams(20, temperature)))
 
 
 def test_where_answers_end():
