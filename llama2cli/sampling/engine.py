@@ -239,6 +239,7 @@ class Talk:
         self.engine = engine
         self.cache = new_cache(engine.model, 1, 0)
         self.held: list[int] = []  # the ids whose keys and values are in the cache
+        self.weights: object = None  # the state of the model that computed them
 
     def reserve(self, size: int) -> None:
         """Make room for `size` tokens: the cache doubles, up to the context."""
@@ -255,11 +256,13 @@ class Talk:
         model, device = engine.model, self.cache.keys.device
         uniform = torch.from_numpy(uniforms(prompt, params.seed, params.index, limit)).to(device)
         policy = Policy([params], device)
+        engine.decoder.refresh()
+        if self.weights is not engine.decoder.prepared:  # trained on since
+            self.held, self.weights = [], engine.decoder.prepared
         shared = 0
         while shared < min(len(self.held), len(prompt) - 1) and self.held[shared] == prompt[shared]:
             shared += 1
         with torch.inference_mode():
-            engine.decoder.refresh()
             self.reserve(len(prompt) + 1)
             del self.held[shared:]
             part = SlotView(self.cache.keys, self.cache.values, [shared])

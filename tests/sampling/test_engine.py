@@ -282,6 +282,7 @@ def test_weights_that_were_trained_on_are_noticed():
     engine = Engine(model, Ends())
     asked, params = prompts(3), [SampleParams(10, 0)] * 3
     before = engine.generate(asked, params)
+    assert list(engine.stream(asked[0], params[0])) == before[0].ids
     other = make(seed=9)
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), other.parameters()):
@@ -289,6 +290,7 @@ def test_weights_that_were_trained_on_are_noticed():
     after = engine.generate(asked, params)
     assert [r.ids for r in after] == [r.ids for r in Engine(other, Ends()).generate(asked, params)]
     assert [r.ids for r in after] != [r.ids for r in before]
+    assert list(engine.stream(asked[0], params[0])) == after[0].ids
 
 
 def test_stream_equals_generate_and_keeps_its_cache(monkeypatch):
