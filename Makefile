@@ -23,10 +23,12 @@ lint: setup
 
 # The main job of a pretrainer, on the excerpts in examples/data: text -> tokenizer -> shards -> a Llama -> text.
 demo: setup
-	$(MAKE) --no-print-directory -C examples/demo LLAMA2=$(CURDIR)/$(BIN)/llama2
+	$(MAKE) --no-print-directory -C examples/demo LLAMA2=$(abspath $(BIN))/llama2
 
+# The same graph in a few steps.
 smoke: setup
-	$(MAKE) --no-print-directory -C examples/demo LLAMA2=$(CURDIR)/$(BIN)/llama2 OUT=$(or $(SMOKE_OUT),build/smoke) STEPS=20 VOCAB=512 PRESET=1m
+	rm -rf build/smoke
+	$(MAKE) --no-print-directory -C examples/demo LLAMA2=$(abspath $(BIN))/llama2 OUT=$(CURDIR)/build/smoke VOCAB=512 STEPS=20
 
 clean:
 	rm -rf $(VENV) build examples/demo/out
