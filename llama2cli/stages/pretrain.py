@@ -10,7 +10,6 @@ Choices that the paper leaves open, beside those at the top of `training/data.py
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,11 +108,6 @@ class Settings(Compute):
     dry_run: bool = flag(default=False, help="print settings, memory, data and disk needed, and exit")
 
 
-# What may differ when a run is resumed: it changes what is measured and kept, not the weights. --steps may grow; the
-# number of processes has a check of its own.
-FREE = frozenset({"eval_every", "save_every", "keep", "steps", "processes"})
-
-
 def run(settings: Settings) -> dict[str, Any] | None:
     """Train; return the record of the last step."""
     from llama2cli.training import dist
@@ -148,7 +142,10 @@ def check(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run is made of, before any weight exists. resolved: what the settings came to, JSON."""
+    """All that a run is made of, before any weight exists.
+
+    resolved: what the settings came to, JSON. notes: what a person should know of that.
+    """
 
     settings: Settings
     world: World
@@ -161,6 +158,7 @@ class Job:
     context: int
     steps: int
     resolved: dict[str, Any]
+    notes: list[str]
 
     @property
     def streamed(self) -> bool:
@@ -224,7 +222,16 @@ def prepare(settings: Settings, world: World) -> Job:
         "init": provenance.fingerprint(init) if init else None,
         "model": dataclasses.asdict(config),
     }
-    return Job(settings, world, tokenizer, config, init, named, corpus, shape, context, steps, resolved)
+    notes = []
+    if init is not None and config != checkpoint.load_config(init):
+        notes.append(f"the context of {settings.init} is extended to {config.max_position_embeddings:,} positions")
+    if resolved["batch_size"] != settings.batch_size:
+        over = f" over {world.size} processes" if world.size > 1 else ""
+        rounded = f"{resolved['batch_size']:,} tokens: {shape.rows:,} rows of {context:,}{over}"
+        notes.append(f"--batch-size {settings.batch_size:,} is rounded to {rounded}")
+    if 0 < an_epoch < 1:
+        notes.append(f"one step reads the data {1 / an_epoch:,.1f} times; a smaller --batch-size gives more steps")
+    return Job(settings, world, tokenizer, config, init, named, corpus, shape, context, steps, resolved, notes)
 
 
 def open_tokenizer(settings: Settings, init: Path | None) -> Tokenizer:
@@ -247,10 +254,7 @@ def shape_of(settings: Settings, init: Path | None, tokenizer: Tokenizer) -> Mod
 
     if init is not None:
         own = checkpoint.load_config(init)
-        longer = max(own.max_position_embeddings, settings.context or 0)
-        if longer > own.max_position_embeddings:
-            console.say(f"the context grows from {own.max_position_embeddings:,} to {longer:,} positions")
-        return dataclasses.replace(own, max_position_embeddings=longer)
+        return dataclasses.replace(own, max_position_embeddings=max(own.max_position_embeddings, settings.context or 0))
     name = settings.preset or ""
     vocab = tokenizer.vocab_size if name in config.PRESETS else None
     return config.preset(name, vocab_size=vocab, context=settings.context)
@@ -273,10 +277,6 @@ def batch_shape(settings: Settings, world: World, context: int) -> Shape:
 
     each = max(1, round(settings.batch_size / (context * world.size)))
     rows = each * world.size
-    if rows * context != settings.batch_size:
-        over = f" over {world.size} processes" if world.size > 1 else ""
-        total = f"{rows * context:,} tokens: {rows:,} rows of {context:,}{over}"
-        console.say(f"--batch-size {settings.batch_size:,} is rounded to {total}")
     at_once = 16384 if world.device.type == "cuda" else 4096
     micro = min(each, settings.micro_batch or max(1, at_once // context))
     return Shape(rows, micro, world.rank, world.size)
@@ -304,32 +304,27 @@ def dry_run(job: Job) -> dict[str, Any]:
     )
     saves = -(-job.steps // job.resolved["save_every"])
     kept = min(saves, job.settings.keep + 1) if job.settings.keep else saves
+    tokens = job.steps * job.resolved["batch_size"]
     plan = {
         "parameters": budget.n_params(job.config),
-        "tokens": job.steps * job.resolved["batch_size"],
-        "flops": job.steps * job.resolved["batch_size"] * budget.train_flops_per_token(job.config, job.context),
+        "tokens": tokens,
+        "flops": tokens * budget.train_flops_per_token(job.config, job.context),
         "memory": {k: round(v) for k, v in dataclasses.asdict(memory).items()} | {"total": round(memory.total)},
         "disk": {"step": save_bytes(job), "run": (kept + 1) * save_bytes(job)},
     }
-    told = [(k, v) for k, v in job.resolved.items() if k not in ("data", "heldout", "model")]
-    rows = [*told, ("parameters", f"{plan['parameters']:,}"), ("tokens", f"{plan['tokens']:,}")]
+    rows = [(k, v) for k, v in job.resolved.items() if not isinstance(v, (list, dict))]
+    rows += [("parameters", f"{plan['parameters']:,}"), ("tokens", f"{tokens:,}")]
     rows += [("memory per device", f"{memory.total / 1e9:.3g} GB"), ("disk", f"{plan['disk']['run'] / 1e9:.3g} GB")]
     console.table("settings", ["", ""], rows)
-    rows_read = job.steps * job.shape.rows
-    console.table(
-        "data",
-        ["source", "share", "tokens", "documents", "epochs"],
-        [
-            (
-                s.name,
-                f"{s.share:.3f}",
-                f"{s.stream.n_tokens:,}",
-                f"{s.stream.documents:,}",
-                f"{rows_read * s.share / s.windows:.2f}",
-            )
-            for s in job.corpus.mixed
-        ],
-    )
+    for note in job.notes:
+        console.warn(note)
+    data = []
+    for source in job.corpus.mixed:
+        stream, read = source.stream, job.steps * job.shape.rows * source.share / source.windows
+        data.append(
+            (source.name, f"{source.share:.3f}", f"{stream.n_tokens:,}", f"{stream.documents:,}", f"{read:.2f}")
+        )
+    console.table("data", ["source", "share", "tokens", "documents", "epochs"], data)
     return {"dry_run": True, "resolved": job.resolved, **plan}
 
 
@@ -338,74 +333,40 @@ def dry_run(job: Job) -> dict[str, Any]:
 
 def train(job: Job, stop: Stop) -> dict[str, Any]:
     """Open the run folder, go on where it stands, train to the end."""
-    from llama2cli.training import state
-    from llama2cli.training.run import METRICS, Run
+    from llama2cli.training import session
+    from llama2cli.training.run import Run
 
-    at, machine = state.State(), None
     folder = Run(job.settings.out, resume=job.settings.resume, world=job.world)
     try:
-        if folder.latest:
-            check_resumed(job, folder)
-            at, machine = state.read(folder.step_folder)
-            folder.set_best(at.best[0] if at.best else None)
-        if folder.latest < job.steps:
+        at, machine = session.resume(folder, job.resolved)
+        if job.streamed and 0 < at.step < job.steps:
+            fix = "tokenize to a folder (-o DIR) and start anew"
+            raise Misuse(f"data from stdin cannot be continued in the middle; {fix}", "--resume")
+        if at.step < job.steps:
             go(job, folder, at, machine, stop)
-        last = folder.last(METRICS)
+        return session.record(folder, ("step", "loss", "heldout_loss", "tokens"))
     finally:
         folder.close()
-    told: dict[str, Any] = {k: last[k] for k in ("step", "loss", "heldout_loss", "tokens") if k in last}
-    return {"checkpoint": str(folder.step_folder), **told}
-
-
-def check_resumed(job: Job, folder: Run) -> None:
-    """Raise Misuse where the settings are not those of the run, or stdin cannot be rewound to where it stopped."""
-    from llama2cli.training.run import SETTINGS, check_same
-
-    before = (folder.found or {})["resolved"]
-    longer = before.get("steps") != job.steps
-    check_same(before, job.resolved, folder.folder / SETTINGS, FREE | ({"warmup"} if longer else set()))
-    if job.steps < folder.latest:
-        done = f"the run has done {folder.latest:,} steps already, {job.steps:,} are fewer"
-        raise Misuse(done, folder.folder, "--steps")
-    if folder.latest == job.steps:
-        return
-    if job.streamed:
-        raise Misuse("data from stdin cannot be continued; tokenize to a folder (-o DIR) and start anew", "--resume")
-    console.say(f"{folder.folder}: goes on after step {folder.latest:,} of {job.steps:,}")
-    if longer:
-        console.warn(
-            f"--steps was {before.get('steps')}: from here on the learning rate is that of a run of {job.steps:,}"
-        )
 
 
 def go(job: Job, folder: Run, at: State, machine: Machine | None, stop: Stop) -> None:
     """Make the model, put back what was saved, train, save. machine: of the saved step, None for a fresh run."""
-    import torch
-
-    from llama2cli.nn import checkpoint, ops
-    from llama2cli.training import card, dist, heldout, meter, optim, state
+    from llama2cli.nn import checkpoint
+    from llama2cli.training import card, heldout, meter, optim, session, state
     from llama2cli.training.build import build
     from llama2cli.training.data import epochs
     from llama2cli.training.fit import Plan, fit
-    from llama2cli.training.order import mix
     from llama2cli.training.run import TIMING
 
     settings, world, resolved = job.settings, job.world, job.resolved
     dtype = checkpoint.DTYPES[resolved["dtype"]]
-
-    # the process: seed, threads and kernels, before the first operation on tensors
-    torch.manual_seed(mix(settings.seed, world.rank))
-    ops.force(settings.kernels)
-    if machine is not None:
-        state.take_over(machine, world, folder.folder)
-    ops.setup_process()
-    ops.restore(dist.from_first(world, ops.choices()))
+    session.set_up(world, settings.seed, settings.kernels, machine, folder.folder)
 
     # model and optimizer
     model, loss = build(
         job.config,
         world,
-        weights=folder.step_folder if folder.latest else job.init,
+        weights=folder.step_folder if at.step else job.init,
         seed=settings.seed,
         dtype=dtype,
         checkpointing=settings.activation_checkpointing,
@@ -414,18 +375,14 @@ def go(job: Job, folder: Run, at: State, machine: Machine | None, stop: Stop) ->
     named = dict(model.named_parameters())
     schedule = optim.Schedule(resolved["lr"], resolved["warmup"], job.steps)
     optimizer = optim.adamw(named.items(), lr=schedule.peak, weight_decay=settings.weight_decay, decay=settings.decay)
-    if folder.latest:
+    if at.step:
         state.restore(folder.step_folder, named, optimizer, world)
 
     # what is written
     origin = provenance.collect(settings, inputs(job))
+    session.write_settings(folder, settings, resolved, origin)
     stages = card.lineage_of(job.init) if job.init else []
     stages.append(card.entry("pretrain", dataclasses.asdict(settings), resolved, origin))
-
-    def write_settings() -> None:
-        told = {"settings": relative(dataclasses.asdict(settings)), "resolved": resolved}
-        used = {"threads": torch.get_num_threads(), "kernels": ops.choices()}
-        folder.write_settings(told | {"provenance": origin | used})
 
     def save(aside: Path, metrics: Mapping[str, Any]) -> None:
         size = f"{budget.n_params(job.config):,} parameters, context {job.context:,}"
@@ -434,7 +391,6 @@ def go(job: Job, folder: Run, at: State, machine: Machine | None, stop: Stop) ->
             aside, model, job.tokenizer, save_dtype=settings.save_dtype, extra_files=files, writes=world.first
         )
         state.save(aside, at, named, optimizer, world, weights=settings.save_dtype != "fp32")
-        write_settings()  # by now the kernels are chosen
 
     # what is measured
     def measure(position: Position) -> dict[str, Any]:
@@ -443,35 +399,42 @@ def go(job: Job, folder: Run, at: State, machine: Machine | None, stop: Stop) ->
 
     parts = [heldout.held_out(s, job.tokenizer, settings.eval_tokens) for s in job.corpus.heldout]
     peak, origin_of_peak = meter.peak_flops(world.device, dtype, settings.peak)
-    clock = meter.Meter(
-        flops=budget.train_flops_per_token(job.config, job.context),
-        peak=peak,
-        watts=meter.power(world.device, settings.watts),
-        devices=world.size,
-        earlier=folder.last(TIMING),
-    )
+    for note in job.notes:
+        console.warn(note)
     console.say(f"{budget.n_params(job.config):,} parameters, peak {peak / 1e12:.3g} TFLOP/s ({origin_of_peak})")
 
-    write_settings()
+    # the loop
     fit(
         loss=loss,
         params=list(named.values()),
         optimizer=optimizer,
         batches=batches(job, at.position),
         plan=Plan(
-            "pretrain", schedule, resolved["save_every"], resolved["eval_every"], settings.keep, settings.clip, dtype
+            what="pretrain",
+            schedule=schedule,
+            save_every=resolved["save_every"],
+            eval_every=resolved["eval_every"],
+            keep=settings.keep,
+            clip=settings.clip,
+            dtype=dtype,
         ),
         state=at,
         run=folder,
         world=world,
-        meter=clock,
+        meter=meter.Meter(
+            flops=budget.train_flops_per_token(job.config, job.context),
+            peak=peak,
+            watts=meter.power(world.device, settings.watts),
+            devices=world.size,
+            earlier=folder.last(TIMING),
+        ),
         save=save,
         saved_bytes=save_bytes(job),
         measure=measure,
         evaluate=(lambda: heldout.measure(loss, parts, job.context, job.shape.micro, world, dtype)) if parts else None,
         stop=stop,
     )
-    show_end(folder)
+    session.show_end(folder)
 
 
 def batches(job: Job, position: Position | None) -> Iterator[tuple[Batch, Position]]:
@@ -499,27 +462,3 @@ def inputs(job: Job) -> list[str]:
     held = corpus.parse_heldout(job.settings.heldout)
     paths = [n.path for n in job.named] + ([] if isinstance(held, float) else [n.path for n in held])
     return paths + [p for p in (job.settings.tokenizer, job.init and str(job.init)) if p]
-
-
-def relative(value: Any) -> Any:
-    """Settings with absolute paths made relative to here: no machine's paths, and `--config` can still follow them."""
-    if isinstance(value, dict):
-        return {k: relative(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [relative(v) for v in value]
-    if isinstance(value, str):
-        name, sep, path = value.rpartition("=") if "=/" in value else ("", "", value)
-        return name + sep + os.path.relpath(path) if path.startswith("/") else value
-    return value
-
-
-def show_end(folder: Run) -> None:
-    """The last tables: how often each source was read, what each held-out source came to."""
-    from llama2cli.training.run import METRICS
-
-    last = folder.last(METRICS)
-    if "epochs" in last:
-        console.table("", ["source", "epochs"], [(k, f"{v:.3f}") for k, v in last["epochs"].items()])
-    if "heldout" in last:
-        rows = [(k, f"{v['loss']:.4f}", f"{v['bits_per_byte']:.4f}") for k, v in last["heldout"].items()]
-        console.table("", ["held out", "loss", "bits per byte"], rows)

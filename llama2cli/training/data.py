@@ -89,6 +89,8 @@ def split(name: str, folder: TokenFolder, fraction: float) -> tuple[Stream, Stre
     starts = np.asarray(folder.document_starts(), np.int64)
     stops = np.append(starts[1:], folder.n_tokens)
     n = len(starts)
+    if n == 0:
+        raise DataError(f'source "{name}" has no documents')
     if n == 1:
         cut = folder.n_tokens - max(2, int(fraction * folder.n_tokens))  # one token that is predicted, at the least
         if cut < 2:

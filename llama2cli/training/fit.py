@@ -63,10 +63,15 @@ def moved(micro: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
     return {k: v.to(device) for k, v in micro.items()}
 
 
-def gradients(loss: Loss, batch: Batch, world: World, dtype: torch.dtype) -> Tensor:
-    """Add up the gradients of (sum of losses) / count over micro-batches; return this rank's sum of losses, fp64."""
+def gradients(loss: Loss, batch: Batch, world: World, dtype: torch.dtype, stop: Stop) -> Tensor | None:
+    """Add up the gradients of (sum of losses) / count over micro-batches; return this rank's sum of losses, fp64.
+
+    None where a signal came: the step is given up, which a process alone may decide at any micro-batch.
+    """
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for micro in batch.micro:
+        if stop.asked and world.size == 1:
+            return None
         with autocast(world.device, dtype):
             part = loss(**moved(micro, world.device))
         (part / batch.count).backward()
@@ -117,7 +122,10 @@ def fit(
         began = time.perf_counter()
         for batch, position in islice(batches, plan.steps - state.step):
             step, lr = state.step + 1, plan.schedule.lr(state.step + 1)
-            mine = gradients(loss, batch, world, plan.dtype)
+            mine = gradients(loss, batch, world, plan.dtype, stop)
+            if mine is None:
+                stopped = True
+                break
             total, signals = dist.sums(world, [float(mine), float(stop.asked)])
             norm = optim.step(optimizer, params, lr=lr, loss=total / batch.count, clip=plan.clip)
             state.step, state.position, stopped = step, position, signals > 0
@@ -141,7 +149,10 @@ def fit(
     if state.step > saved:  # stopped, or the data ended: a step that an uninterrupted run may not save is never `best`
         keep_step(metrics, candidate=False)
     if stopped and state.step < plan.steps:
-        raise Interrupted(f"stopped by a signal, saved step {state.step:,}; the same command with --resume goes on")
+        done = (
+            f"saved step {state.step:,}; the same command with --resume goes on" if state.step else "no step was done"
+        )
+        raise Interrupted(f"stopped by a signal, {done}")
     return state
 
 

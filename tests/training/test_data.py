@@ -134,7 +134,7 @@ def test_of_one_document_the_end_is_held_out(tmp_path: Path, tokenizer: Tokenize
     text = " ".join(tiny.documents(50))
     for name, words in (("one", text), ("less", "")):
         with ShardWriter(tmp_path / name, tokenizer, shard_tokens=1 << 20) as writer:
-            writer.add(name, tokenizer.pack([words])[0], len(words))
+            writer.add(name, tokenizer.pack([words]), len(words))
             writer.publish({})
     folder = TokenFolder.open(tmp_path / "one")
     train, held = data.split("one", folder, 0.1)
