@@ -1,12 +1,11 @@
 """`llama2 tokenize`: documents to token folders or id lines, ids to texts, and the training of a tokenizer. No torch.
 
 Choices where the paper is silent:
-1. BOS before and EOS after each document of a token folder, as in Meta's code for what follows (section 3.1 of the
-   paper trains on such sequences); id lines have neither, unless asked.
+1. Documents of a token folder have BOS before and EOS after them; id lines have neither, unless asked.
 2. The tokenizer is trained on words as they will be encoded: only the first line of a text begins with a space. Meta's
    training text, its order and its sampling are not known; the options of its trainer stand in the published model.
-3. "Sites known to contain a high volume of personal information" (section 2.1) were removed: which, and how they
-   were found, is not told. --exclude-source and --exclude-pattern leave out what you name, and count it.
+3. Sites with much personal information were removed (section 2.1): which, and how they were found, is not told.
+   --exclude-source and --exclude-pattern leave out what you name, and count it.
 """
 
 from __future__ import annotations
@@ -16,20 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
 from llama2cli.settings import Filter, flag
 
 if TYPE_CHECKING:
-    from llama2cli.text.documents import Item
-    from llama2cli.text.output import Output
+    from llama2cli.text.documents import Chunk, Item, Selector, Tally
     from llama2cli.text.streams import Place
     from llama2cli.text.tokenizer import Tokenizer
 
-T = TypeVar("T")
-EMPTY = ("empty", "")  # why a document is left out
+R = TypeVar("R")
 CHUNK = 1 << 20  # bytes of documents that one worker takes at once
 RECORD_FILES = (".jsonl", ".ndjson", ".json", ".zst", ".gz")
 VOCAB_SIZE = 32_000  # Llama 2, section 2.2
@@ -138,87 +135,56 @@ def refuse_unused(settings: Settings, form: str) -> None:
 # --- documents ----------------------------------------------------------------------------------------------------
 
 
-class Document(NamedTuple):
-    """A document, and why it is left out if it is: ("source", NAME), ("pattern", REGEX) or ("empty", "")."""
+def selector(settings: Settings) -> Selector:
+    """What decodes and selects, as the flags have it. Raises Misuse for flags that are wrong, or of no use here."""
+    from llama2cli.text.documents import Selector, is_text
 
-    record: dict[str, Any]  # with "text"
-    source: str
-    left_out: tuple[str, str] | None
-
-
-class Reader:
-    """Documents of the inputs as the flags have it, and the counts of what was left out."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Raises Misuse for flags that are wrong, or that no input has a use for."""
-        from llama2cli.text.documents import Filter, compiled, is_text, parser
-
-        self.settings = s = settings
-        self.parse = parser(s.field)
-        self.filter = Filter(s.exclude_source, s.exclude_pattern)
-        self.split = compiled(s.txt_split, "--txt-split") if s.txt_split else None
-        self.left_out: Counter[tuple[str, str]] = Counter()
-        self.marked = 0  # documents that hold U+2581
-        texts = [is_text(f) for f in s.files] or [False]
-        if s.field and (s.text or all(texts)):
-            raise Misuse("has no meaning for plain text, which has no fields", "--field")
-        if s.txt_split and (s.text or not any(texts)):
-            raise Misuse("has no meaning without .txt files that are documents", "--txt-split")
-
-    def items(self) -> Iterator[tuple[Place, Item]]:
-        """What is to be read, not decoded yet; the files are seen to be there now."""
-        from llama2cli.text.documents import read_items
-
-        s = self.settings
-        return read_items(s.files, lines=s.text, split=self.split, max_line=s.max_line)
-
-    def document(self, place: Place, item: Item) -> Document:
-        """Decode an item. Raises DataError at its place."""
-        record = self.parse(place, item)
-        if self.settings.source is not None:
-            record["source"] = self.settings.source
-        source = record.get("source", item.source)
-        return Document(record, source, self.filter.reason(source, record["text"]))
-
-    def report(self) -> dict[str, Any]:
-        """Say what was left out, and return the counts for a manifest."""
-        s = self.settings
-        sources = {n: self.left_out["source", n] for n in s.exclude_source}
-        patterns = {p: self.left_out["pattern", p] for p in s.exclude_pattern}
-        for name, n in sources.items():
-            if n:
-                console.say(f"left out: {n:,} documents of source {name}")
-            else:
-                console.warn(f"--exclude-source {name}: no document is of that source")
-        for pattern, n in patterns.items():
-            console.say(f'left out: {n:,} documents that match "{pattern}"')
-        empty = self.left_out["empty", ""]
-        if empty:
-            console.warn(f"{empty:,} documents are empty and left out")
-        if self.marked:
-            console.warn(f"{self.marked:,} documents hold U+2581, which SentencePiece reads as a space")
-        return {"sources": sources, "patterns": patterns, "empty": empty}
+    s = settings
+    texts = [is_text(f) for f in s.files] or [False]
+    if s.field and (s.text or all(texts)):
+        raise Misuse("has no meaning for plain text, which has no fields", "--field")
+    if s.txt_split and (s.text or not any(texts)):
+        raise Misuse("has no meaning without .txt files that are documents", "--txt-split")
+    excluded = dict(exclude_sources=s.exclude_source, exclude_patterns=s.exclude_pattern)
+    return Selector(fields=s.field, source=s.source, **excluded)
 
 
-def chunks(items: Iterable[tuple[Place, Item]], most: int) -> Iterator[list[tuple[Place, Item]]]:
-    """The items in lists of about CHUNK bytes and at most `most` items."""
-    held: list[tuple[Place, Item]] = []
-    size = 0
-    for place, item in items:
-        held.append((place, item))
-        size += len(item.payload)
-        if size >= CHUNK or len(held) >= most:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+def items(settings: Settings) -> Iterator[tuple[Place, Item]]:
+    """The documents, not decoded yet; the files are seen to be there now."""
+    from llama2cli.text.documents import compiled, read_items
+
+    s = settings
+    split = compiled(s.txt_split, "--txt-split") if s.txt_split else None
+    return read_items(s.files, lines=s.text, split=split, max_line=s.max_line)
 
 
-def n_workers(settings: Settings) -> int:
-    """How many processes tokenize."""
-    from llama2cli.text.workers import cores
+def spread(settings: Settings, work: Callable[[Chunk], R], items: Iterable[tuple[Place, Item]]) -> Iterator[R]:
+    """work(chunk) of all items in order, computed by --workers processes."""
+    from llama2cli.text.documents import chunked
+    from llama2cli.text.workers import cores, ordered
 
-    return settings.workers or cores()
+    found = chunked(items, most=settings.window, size=CHUNK)
+    return ordered(work, found, workers=settings.workers or cores())
+
+
+def report(settings: Settings, tally: Tally) -> dict[str, Any]:
+    """Say what was left out, and return the counts for a manifest."""
+    from llama2cli.text.documents import EMPTY
+
+    sources = {n: tally.left_out["source", n] for n in settings.exclude_source}
+    patterns = {p: tally.left_out["pattern", p] for p in settings.exclude_pattern}
+    for name, n in sources.items():
+        if n:
+            console.say(f"left out: {n:,} documents of source {name}")
+        else:
+            console.warn(f"--exclude-source {name}: no document is of that source")
+    for pattern, n in patterns.items():
+        console.say(f'left out: {n:,} documents that match "{pattern}"')
+    if tally.left_out[EMPTY]:
+        console.warn(f"{tally.left_out[EMPTY]:,} documents are empty and left out")
+    if tally.marked:
+        console.warn(f"{tally.marked:,} documents hold U+2581, which SentencePiece reads as a space")
+    return {"sources": sources, "patterns": patterns, "empty": tally.left_out[EMPTY]}
 
 
 # --- --train ------------------------------------------------------------------------------------------------------
@@ -226,43 +192,34 @@ def n_workers(settings: Settings) -> int:
 
 def train(settings: Settings) -> dict[str, Any]:
     """Train a tokenizer on the documents and write it."""
+    from llama2cli.text.documents import Tally
     from llama2cli.text.folders import atomic_write
-    from llama2cli.text.segments import MARK
     from llama2cli.text.tokenizer import FLOOR, Tokenizer, count_words, fit, forget_rare
-    from llama2cli.text.workers import ordered
 
     if settings.vocab_size < FLOOR:
         why = "3 control pieces, 256 bytes and the space"
         raise Misuse(f"expected at least {FLOOR} ({why}), got {settings.vocab_size}", "--vocab-size")
     if Path(settings.out).is_dir():
         raise Misuse("is a folder; name the file to write, such as DIR/tokenizer.model", settings.out)
-    reader = Reader(settings)
-    items = reader.items()
-    words: Counter[str] = Counter()
-    read: Counter[str] = Counter()
+    select, found = selector(settings).select, items(settings)
 
-    def work(chunk: list[tuple[Place, Item]]) -> tuple[Counter[str], Counter[tuple[str, str]], Counter[str]]:
-        documents = [reader.document(place, item) for place, item in chunk]
-        kept = [t for d in documents if (t := d.record["text"]) and not d.left_out]
-        left_out = Counter(d.left_out or EMPTY for d in documents if d.left_out or not d.record["text"])
-        seen = Counter(
-            documents=len(kept), bytes=sum(len(t.encode()) for t in kept), marked=sum(MARK in t for t in kept)
-        )
-        return count_words(kept, sample=settings.sample, seed=settings.seed), left_out, seen
+    def work(chunk: Chunk) -> tuple[Counter[str], Tally]:
+        kept, tally = select(chunk)
+        return count_words((d.text for d in kept), sample=settings.sample, seed=settings.seed), tally
 
     # 1. Count the words. 2. Train on the counts. 3. Write.
+    words: Counter[str] = Counter()
+    total = Tally()
     with console.Progress("reading", plain_megabytes(settings.files), "MB") as progress:
-        for counts, left_out, seen in ordered(work, chunks(items, settings.window), workers=n_workers(settings)):
+        for counts, tally in spread(settings, work, found):
             words.update(counts)
             forget_rare(words)
-            reader.left_out.update(left_out)
-            read.update(seen)
-            progress.advance(seen["bytes"] / 1e6)
-    reader.marked = read["marked"]
-    excluded = reader.report()
-    if not read["documents"]:
+            total.add(tally)
+            progress.advance(tally.bytes / 1e6)
+    excluded = report(settings, total)
+    if not total.kept:
         raise DataError("there is no text to train on", ", ".join(settings.files) or "stdin")
-    size = f"{read['documents']:,} documents, {read['bytes'] / 1e6:,.1f} MB, {len(words):,} different words"
+    size = f"{total.kept:,} documents, {total.bytes / 1e6:,.1f} MB, {len(words):,} different words"
     console.say(f"training {settings.vocab_size:,} pieces on {size}")
     proto = fit(words, settings.vocab_size, character_coverage=settings.character_coverage)
     tokenizer = Tokenizer(proto, settings.out)
@@ -271,20 +228,10 @@ def train(settings: Settings) -> dict[str, Any]:
     atomic_write(settings.out, proto)
     write_provenance(settings)
     made = {"tokenizer": settings.out, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
-    return {**made, "documents": read["documents"], "bytes": read["bytes"], "excluded": excluded}
+    return {**made, "documents": total.kept, "bytes": total.bytes, "excluded": excluded}
 
 
 # --- -o DIR -------------------------------------------------------------------------------------------------------
-
-
-class Packed(NamedTuple):
-    """A document on its way into a folder."""
-
-    source: str
-    left_out: tuple[str, str] | None
-    ids: bytes
-    n_bytes: int
-    marked: bool
 
 
 def check_free(settings: Settings) -> None:
@@ -300,37 +247,33 @@ def check_free(settings: Settings) -> None:
 
 def to_folder(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
     """Tokenize the documents into a folder, or find that it is there already."""
-    from llama2cli.text.segments import MARK
+    from llama2cli.text.documents import Tally
     from llama2cli.text.shards import ShardWriter
-    from llama2cli.text.workers import ordered
 
-    reader = Reader(settings)
-    items = reader.items()
+    select, found = selector(settings).select, items(settings)
     key = key_of(settings, tokenizer)
     if (manifest := finished(settings, key)) is not None:
         return result(settings, manifest)
 
-    def work(chunk: list[tuple[Place, Item]]) -> list[Packed]:
-        documents = [reader.document(place, item) for place, item in chunk]
-        texts = [d.record["text"] for d in documents]
-        packed = tokenizer.pack(["" if d.left_out else t for d, t in zip(documents, texts)])
-        return [
-            Packed(d.source, d.left_out or (None if t else EMPTY), ids, len(t.encode()), MARK in t)
-            for d, t, ids in zip(documents, texts, packed)
-        ]
+    def work(chunk: Chunk) -> tuple[dict[str, tuple[list[bytes], int]], Tally]:
+        kept, tally = select(chunk)
+        packed = dict(zip(map(id, kept), tokenizer.pack([d.text for d in kept])))
+        by_source = {}
+        for source in dict.fromkeys(d.source for d in kept):
+            own = [d for d in kept if d.source == source]
+            by_source[source] = [packed[id(d)] for d in own], sum(len(d.text.encode()) for d in own)
+        return by_source, tally
 
     # 1. Tokenize, in as many processes as asked. 2. Finish the shards and publish the folder.
+    total = Tally()
     writer = ShardWriter(settings.out, tokenizer, shard_tokens=settings.shard_tokens)
     with writer, console.Progress("tokenize", plain_megabytes(settings.files), "MB") as progress:
-        for chunk in ordered(work, chunks(items, settings.window), workers=n_workers(settings)):
-            for p in chunk:
-                if p.left_out:
-                    reader.left_out[p.left_out] += 1
-                else:
-                    reader.marked += p.marked
-                    writer.add(p.source, p.ids, p.n_bytes)
-            progress.advance(sum(p.n_bytes for p in chunk) / 1e6)
-        about = {"excluded": reader.report(), "with_u2581": reader.marked, "key": key}
+        for by_source, tally in spread(settings, work, found):
+            for source, (documents, n_bytes) in by_source.items():
+                writer.add(source, documents, n_bytes)
+            total.add(tally)
+            progress.advance(tally.bytes / 1e6)
+        about = {"excluded": report(settings, total), "with_u2581": total.marked, "key": key}
         if not writer.sources:
             raise DataError("holds no document that is not left out", ", ".join(settings.files) or "stdin")
         about["provenance"] = provenance.collect(settings, [*settings.files, str(settings.tokenizer)])
@@ -389,89 +332,74 @@ def plain_megabytes(files: list[str]) -> float | None:
 
 def to_lines(settings: Settings, tokenizer: Tokenizer) -> None:
     """Documents in, {"ids"} records out, in input order."""
-    import msgspec
-
-    from llama2cli.text.segments import MARK, unpack
+    from llama2cli.text.segments import unpack
     from llama2cli.text.streams import encode
 
-    reader = Reader(settings)
+    select, found = selector(settings).select, items(settings)
     before, after = [tokenizer.bos_id] * settings.bos, [tokenizer.eos_id] * settings.eos
 
-    def work(chunk: list[tuple[Place, Item]]) -> list[tuple[bytes, tuple[str, str] | None, bool]]:
-        documents = [reader.document(place, item) for place, item in chunk]
-        texts = [d.record.pop("text") for d in documents]
-        packed = tokenizer.pack(["" if d.left_out else t for d, t in zip(documents, texts)])
+    def work(chunk: Chunk) -> tuple[list[bytes], Tally]:
+        kept, tally = select(chunk, keep_empty=True)
         out = []
-        for d, text, ids in zip(documents, texts, packed):
-            record = {**d.record, "ids": [*before, *unpack(ids, tokenizer.code), *after]}
-            line = b"" if d.left_out else encode({"ids": record.pop("ids"), **record})
-            out.append((line, d.left_out, MARK in text))
-        return out
+        for document, packed in zip(kept, tokenizer.pack([d.text for d in kept])):
+            rest = {k: v for k, v in document.record.items() if k not in ("text", "ids")}
+            out.append(encode({"ids": [*before, *unpack(packed, tokenizer.code), *after], **rest}))
+        return out, tally
 
-    def emit(out: Output, answer: tuple[bytes, tuple[str, str] | None, bool]) -> None:
-        line, left_out, marked = answer
-        if left_out:
-            reader.left_out[left_out] += 1
-        else:
-            reader.marked += marked
-            out.write(msgspec.Raw(line.rstrip()))
-
-    stream(settings, tokenizer, reader.items(), work, emit)
-    reader.report()
+    report(settings, stream(settings, tokenizer, found, work))
 
 
 def to_texts(settings: Settings, tokenizer: Tokenizer) -> None:
     """{"ids"} records in, {"text"} records out, in input order."""
-    import msgspec
-
-    from llama2cli.text.documents import Item
+    from llama2cli.text.documents import Item, Tally
     from llama2cli.text.records import checker
     from llama2cli.text.streams import decode, encode, read_json
 
     check = checker("ids")
 
-    def work(chunk: list[tuple[Place, Item]]) -> list[bytes]:
+    def work(chunk: Chunk) -> tuple[list[bytes], Tally]:
         out = []
         for place, item in chunk:
             record = check(decode(item.payload, place), place)  # type: ignore[arg-type]
             try:
-                text = tokenizer.decode(record.pop("ids"))
+                text = tokenizer.decode(record["ids"])
             except DataError as e:
                 raise DataError(f"ids: {e.message}", *place) from None
-            out.append(encode({"text": text, **{k: v for k, v in record.items() if k != "text"}}))
-        return out
-
-    def emit(out: Output, line: bytes) -> None:
-        out.write(msgspec.Raw(line.rstrip()))
+            out.append(encode({"text": text, **{k: v for k, v in record.items() if k not in ("text", "ids")}}))
+        return out, Tally(inputs=len(chunk))
 
     lines = read_json(settings.files, max_line=settings.max_line)
-    stream(settings, tokenizer, ((place, Item(line, "")) for place, line in lines), work, emit)
+    stream(settings, tokenizer, ((place, Item(line, "")) for place, line in lines), work)
 
 
 def stream(
     settings: Settings,
     tokenizer: Tokenizer,
     items: Iterable[tuple[Place, Item]],
-    work: Callable[[list[tuple[Place, Item]]], list[T]],
-    emit: Callable[[Output, T], None],
-) -> None:
-    """Items through `work`, chunk by chunk in worker processes, and what it makes of each to the output by `emit`."""
+    work: Callable[[Chunk], tuple[list[bytes], Tally]],
+) -> Tally:
+    """Items to lines by `work`, chunk by chunk in worker processes, and the lines to the output, in order."""
+    import msgspec
+
+    from llama2cli.text.documents import Tally
     from llama2cli.text.output import Output, fingerprint
-    from llama2cli.text.workers import ordered
 
     said = {k: v for k, v in asdict(settings).items() if k not in ("quiet", "debug", "workers", "resume", "config")}
     key = fingerprint("tokenize", said, tokenizer.sha256, paths=settings.files)
     inputs = settings.files or ["-"]
+    total = Tally()
     with Output(settings.out, key=key, resume=settings.resume is not False, inputs=inputs) as out:
-        done = out.skip
+        total.inputs = out.skip
         with console.Progress("tokenize", unit="records") as progress:
-            for answers in ordered(work, chunks(out.rest(items), settings.window), workers=n_workers(settings)):
-                for answer in answers:
-                    emit(out, answer)
-                done += len(answers)
-                out.commit(done)
-                progress.advance(len(answers))
+            progress.start_at(out.skip)
+            for lines, tally in spread(settings, work, out.rest(items)):
+                for line in lines:
+                    out.write(msgspec.Raw(line.rstrip()))
+                total.add(tally)
+                out.commit(total.inputs)
+                progress.advance(tally.inputs)
     write_provenance(settings)
+    return total
 
 
 def write_provenance(settings: Settings) -> None:

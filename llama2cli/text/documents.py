@@ -6,7 +6,9 @@ Reading is cheap and decoding is not, so an `Item` is a record that was found bu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +16,14 @@ from llama2cli import console
 from llama2cli.errors import DataError, Misuse, did_you_mean
 from llama2cli.text.blocks import check_sources
 from llama2cli.text.records import checker
+from llama2cli.text.segments import MARK
 from llama2cli.text.streams import Place, decode, read_json, read_texts, read_whole_text
 
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 SUFFIXES = re.compile(r"(\.(txt|jsonl|ndjson|json))?(\.(gz|zst))?$", re.IGNORECASE)
+
+
+EMPTY = ("empty", "")  # why a document is left out
 
 
 class Item(NamedTuple):
@@ -25,6 +31,9 @@ class Item(NamedTuple):
 
     payload: bytes | str
     source: str
+
+
+Chunk = list[tuple[Place, Item]]
 
 
 def is_text(path: str) -> bool:
@@ -76,25 +85,100 @@ def cut(text: str, split: re.Pattern[str]) -> list[str]:
     return [part for a, b in zip(bounds, [*bounds[1:], len(text)]) if (part := text[a:b])]
 
 
-def parser(fields: str | None) -> Callable[[Place, Item], dict[str, Any]]:
-    """A function from items to documents: dicts with a "text", and a "source" where record or text file give one.
+def chunked(items: Iterable[tuple[Place, Item]], *, most: int, size: int) -> Iterator[Chunk]:
+    """The items in lists of about `size` bytes and at most `most` items."""
+    held: Chunk = []
+    held_bytes = 0
+    for place, item in items:
+        held.append((place, item))
+        held_bytes += len(item.payload)
+        if held_bytes >= size or len(held) >= most:
+            yield held
+            held, held_bytes = [], 0
+    if held:
+        yield held
 
-    fields: "a,b,c?" makes the text of these fields, empty ones left out, with a blank line between them; one that ends
-    in "?" may be missing. The fields that made the text are gone from the record. Raises Misuse for no name, and the
-    function DataError for a record that has no such text.
-    """
-    check = checker("document")
-    names = [n.strip() for n in fields.split(",")] if fields is not None else []
-    if fields is not None and not all(n.rstrip("?") for n in names):
-        raise Misuse(f'expected names of fields, as in instruction,input?,response; got "{fields}"', "--field")
 
-    def parse(place: Place, item: Item) -> dict[str, Any]:
+class Document(NamedTuple):
+    """A decoded document that stays. record: its fields, "text" among them."""
+
+    record: dict[str, Any]
+    source: str
+
+    @property
+    def text(self) -> str:
+        """What is tokenized."""
+        return self.record["text"]
+
+
+@dataclass
+class Tally:
+    """What became of some inputs. left_out: ("source", NAME), ("pattern", REGEX) or EMPTY -> how many."""
+
+    inputs: int = 0
+    kept: int = 0
+    bytes: int = 0  # of the texts that are kept, in UTF-8
+    marked: int = 0  # of those, that hold U+2581
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        """Count the other's too."""
+        self.inputs += other.inputs
+        self.kept += other.kept
+        self.bytes += other.bytes
+        self.marked += other.marked
+        self.left_out.update(other.left_out)
+
+
+class Selector:
+    """Decodes items, and leaves out documents of some sources, or whose text holds some pattern."""
+
+    def __init__(
+        self, *, fields: str | None, source: str | None, exclude_sources: Sequence[str], exclude_patterns: Sequence[str]
+    ) -> None:
+        """fields: "a,b,c?" makes the text of these fields, a blank line between them, empty ones left out; one with "?"
+        may be missing. source: that of all documents. Raises Misuse for no name or no regular expression.
+        """
+        self.names = [n.strip() for n in fields.split(",")] if fields is not None else []
+        if fields is not None and not all(n.rstrip("?") for n in self.names):
+            raise Misuse(f'expected names of fields, as in instruction,input?,response; got "{fields}"', "--field")
+        self.source = source
+        self.excluded = frozenset(exclude_sources)
+        self.patterns = [compiled(p, "--exclude-pattern") for p in exclude_patterns]
+        self.check = checker("document")
+
+    def select(self, chunk: Chunk, *, keep_empty: bool = False) -> tuple[list[Document], Tally]:
+        """The documents of a chunk that stay, and the counts. Raises DataError at the place of a wrong record."""
+        kept, tally = [], Tally(inputs=len(chunk))
+        for place, item in chunk:
+            document = self.document(place, item)
+            reason = self._reason(document) or (None if document.text or keep_empty else EMPTY)
+            if reason:
+                tally.left_out[reason] += 1
+                continue
+            kept.append(document)
+            tally.bytes += len(document.text.encode())
+            tally.marked += MARK in document.text
+        tally.kept = len(kept)
+        return kept, tally
+
+    def document(self, place: Place, item: Item) -> Document:
+        """Decode an item. A record has a "source" where it had one, is a text file, or all have one."""
         if isinstance(item.payload, str):
-            return {"text": item.payload, **({"source": item.source} if is_text(place.file) else {})}
-        record = decode(item.payload, place)
-        return check(_joined(record, names, place) if names else record, place)
+            record: dict[str, Any] = {"text": item.payload}
+            if is_text(place.file):
+                record["source"] = item.source
+        else:
+            record = decode(item.payload, place)
+            record = self.check(_joined(record, self.names, place) if self.names else record, place)
+        if self.source is not None:
+            record["source"] = self.source
+        return Document(record, record.get("source", item.source))
 
-    return parse
+    def _reason(self, document: Document) -> tuple[str, str] | None:
+        if document.source in self.excluded:
+            return ("source", document.source)
+        return next((("pattern", p.pattern) for p in self.patterns if p.search(document.text)), None)
 
 
 def _joined(record: Any, names: Iterable[str], place: Place) -> dict[str, Any]:
@@ -112,24 +196,6 @@ def _joined(record: Any, names: Iterable[str], place: Place) -> dict[str, Any]:
             parts.append(value)
     used = {n.removesuffix("?") for n in names}
     return {"text": "\n\n".join(parts), **{k: v for k, v in record.items() if k not in used and k != "text"}}
-
-
-class Filter:
-    """Which documents are left out: by the name of their source, or by a pattern that their text holds."""
-
-    def __init__(self, sources: Sequence[str], patterns: Sequence[str]) -> None:
-        """Raises Misuse for a pattern that is no regular expression."""
-        self.sources = frozenset(sources)
-        self.patterns = [compiled(p, "--exclude-pattern") for p in patterns]
-
-    def reason(self, source: str, text: str) -> tuple[str, str] | None:
-        """("source", its name) or ("pattern", the first that matches), or None for a document that stays."""
-        if source in self.sources:
-            return ("source", source)
-        for pattern in self.patterns:
-            if pattern.search(text):
-                return ("pattern", pattern.pattern)
-        return None
 
 
 def compiled(pattern: str, flag: str) -> re.Pattern[str]:

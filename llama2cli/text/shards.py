@@ -207,17 +207,19 @@ class ShardWriter:
     def __exit__(self, *exc: object) -> None:
         shutil.rmtree(self.aside, ignore_errors=True)
 
-    def add(self, source: str, packed: bytes, n_bytes: int) -> None:
-        """Add a document. packed: its ids as `Tokenizer.pack` gives them; n_bytes: its text in UTF-8."""
+    def add(self, source: str, documents: Sequence[bytes], n_bytes: int) -> None:
+        """Add documents: their ids as `Tokenizer.pack` gives them; n_bytes: all their texts in UTF-8."""
         s = self.sources.get(source)
         if s is None:
             s = self._new(source)
-        s.documents += 1
+        s.documents += len(documents)
         s.bytes += n_bytes
-        s.starts.append(s.filled + s.held_bytes // self.dtype.itemsize)
-        s.held += (self.bos, packed, self.eos)
-        s.held_bytes += len(packed) + 2 * self.dtype.itemsize
-        if s.held_bytes >= SPILL or s.filled + s.held_bytes // self.dtype.itemsize >= self.shard_tokens:
+        size = self.dtype.itemsize
+        for packed in documents:
+            s.starts.append(s.filled + s.held_bytes // size)
+            s.held += (self.bos, packed, self.eos)
+            s.held_bytes += len(packed) + 2 * size
+        if s.held_bytes >= SPILL or s.filled + s.held_bytes // size >= self.shard_tokens:
             self._spill(s)
 
     def _new(self, source: str) -> _Source:

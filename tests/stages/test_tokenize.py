@@ -282,7 +282,7 @@ def test_killed_folder(llama2: Any, model: Path) -> None:
     """Nothing is there under the name; the next one makes it whole."""
     write_jsonl(Path("d.jsonl"), [{"text": f"document {i}"} for i in range(2000)])
     args = ["tokenize", "--tokenizer", model, "-o", "t", "--resume", "d.jsonl"]
-    killed("shards", "ShardWriter", "add", 1500, args)
+    killed("shards", "ShardWriter", "add", 12, args)
     assert not Path("t").exists()
     assert llama2(*args).code == 0
     assert TokenFolder.open("t").n_documents == 2000
@@ -394,7 +394,7 @@ MISUSE: list[tuple[list[str], str]] = [
     (["--train", "-o", "x.model", "--character-coverage", "0.5"], "expected 0.98 to 1"),
     (["--train", "-o", "."], "is a folder; name the file"),
     ([*T, "--exclude-pattern", "("], "--exclude-pattern: is not a regular expression"),
-    ([*T, "--txt-split", "["], "--txt-split: is not a regular expression"),
+    ([*T, "--txt-split", "[", "none.txt"], "--txt-split: is not a regular expression"),
     ([*T, "--txt-split", "x"], "--txt-split: has no meaning without .txt files"),
     ([*T, "--field", "a", "--text"], "--field: has no meaning for plain text"),
     ([*T, "--field", "a,,b"], "--field: expected names of fields"),

@@ -37,7 +37,7 @@ def write(
     tokenizer = tokenizer or stub()
     with ShardWriter(path, tokenizer, shard_tokens=shard_tokens) as writer:
         for source, ids, n_bytes in documents:
-            writer.add(source, array(tokenizer.code, ids).tobytes(), n_bytes)
+            writer.add(source, [array(tokenizer.code, ids).tobytes()], n_bytes)
         return writer.publish({}, **publish)
 
 
@@ -147,7 +147,7 @@ def test_too_many_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     """An exception before `publish` leaves neither the folder nor what was written aside."""
     with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path / "t", stub(), shard_tokens=10) as writer:
-        writer.add("x", array("H", [5] * 40).tobytes(), 1)
+        writer.add("x", [array("H", [5] * 40).tobytes()], 1)
         assert list(tmp_path.iterdir()) != []
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -159,7 +159,7 @@ from array import array
 from types import SimpleNamespace
 from llama2cli.text.shards import ShardWriter
 writer = ShardWriter(sys.argv[1], SimpleNamespace(vocab_size=9, code="H", sha256=""), shard_tokens=10)
-writer.add("x", array("H", [5] * 40).tobytes(), 1)
+writer.add("x", [array("H", [5] * 40).tobytes()], 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
