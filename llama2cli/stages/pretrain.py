@@ -96,7 +96,7 @@ class Settings(Compute):
     activation_checkpointing: bool = flag(default=False, help="keep less for the backward pass and compute it again")
     compile: bool = flag(default=False, help="compile the layers (torch.compile)")
     kernels: Literal["auto", "plain"] = flag(
-        default="auto", help="auto takes what is equal and faster here; plain takes torch's own operators"
+        default="auto", help="auto: what is equal and faster on this machine (chosen once); plain: torch's own"
     )
     peak: float | None = flag(
         default=None, low=0.001, help="TFLOP/s of a device, for MFU (default: the data sheet's, or measured)"

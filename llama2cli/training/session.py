@@ -15,6 +15,7 @@ from llama2cli.errors import Misuse
 from llama2cli.nn import ops
 from llama2cli.training import dist, state
 from llama2cli.training.dist import World
+from llama2cli.training.kernels import choose
 from llama2cli.training.order import mix
 from llama2cli.training.run import METRICS, SETTINGS, Run, check_same
 from llama2cli.training.state import Machine, State
@@ -49,10 +50,13 @@ def resume(run: Run, resolved: Mapping[str, Any], *, free: Iterable[str] = FREE)
 def set_up(world: World, seed: int, kernels: str, machine: Machine | None, place: Path) -> None:
     """Seed, threads and kernels of this process, as those of the saved step; before the first operation on tensors."""
     torch.manual_seed(mix(seed, world.rank))
-    ops.force("plain" if kernels == "plain" else "auto")
+    if kernels == "plain":
+        ops.force("plain")
     if machine is not None:
         state.take_over(machine, world, place)
-    ops.setup_process()
+        ops.setup_process()
+    else:
+        choose()
     ops.restore(dist.from_first(world, ops.choices()))
 
 

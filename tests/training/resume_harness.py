@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ class Server:
 
     def __init__(self, stage: str) -> None:
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        self.cache = tempfile.TemporaryDirectory()  # where the machine's choice of kernels is remembered
+        env["XDG_CACHE_HOME"] = self.cache.name
         self.process = subprocess.Popen(
             [sys.executable, __file__, stage], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
@@ -73,6 +76,7 @@ class Server:
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+        self.cache.cleanup()
 
 
 @contextlib.contextmanager
