@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama2cli.errors import Failure, Misuse
+from llama2cli.errors import Failure, Interrupted, Misuse
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,13 @@ def world(device: str = "auto") -> Iterator[World]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=where if kind == "cuda" else None)
     try:
         yield World(rank, launched(), where)
-    except dist.DistError as e:
-        raise Failure(f"rank {rank}: another process of the group has gone; its line says why ({e})") from e
+    except (Interrupted, Misuse) as e:  # the same on every rank: one of them says it
+        if rank:
+            raise SystemExit(e.exit_code) from None
+        raise
     except RuntimeError as e:
-        if any(s in str(e) for s in ("Connection", "connection", "gloo", "NCCL")):
-            raise Failure(f"rank {rank}: another process of the group has gone; its line says why ({e})") from e
+        if isinstance(e, dist.DistError) or any(s in str(e) for s in ("onnection", "gloo", "NCCL")):
+            raise Failure(f"rank {rank}: another process of the group has gone; its line says why") from e
         raise
     finally:
         dist.destroy_process_group()
