@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from array import array
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,8 +37,9 @@ def write(
     """A token folder of these documents; its manifest."""
     tokenizer = tokenizer or stub()
     with ShardWriter(path, tokenizer, shard_tokens=shard_tokens) as writer:
-        for source, ids, n_bytes in documents:
-            writer.add(source, [array(tokenizer.code, ids).tobytes()], n_bytes)
+        for source, group in groupby(documents, key=lambda d: d[0]):
+            own = list(group)
+            writer.add(source, [array(tokenizer.code, ids).tobytes() for _, ids, _ in own], sum(n for *_, n in own))
         return writer.publish({}, **publish)
 
 

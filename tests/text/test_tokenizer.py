@@ -116,6 +116,16 @@ def test_small_limits_change_nothing(
         assert fresh._cache is not None and len(fresh._cache.words) <= 2, "a full cache begins again"
 
 
+def test_a_full_cache_begins_again_in_the_middle_of_a_text(
+    ours: Tokenizer, theirs: SentencePieceProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text whose words are partly in the cache when it is emptied keeps all of them."""
+    monkeypatch.setattr(segments, "MAX_ENTRIES", 3)
+    batch = ["one two three", "one four two", "five one four three"]
+    fresh = Tokenizer(ours.proto)
+    assert [fresh.encode(t) for t in batch] == theirs.encode(batch)
+
+
 @given(texts, st.integers(1, 20))
 @settings(max_examples=200, deadline=None)
 def test_blocks_join_and_begin_where_they_may(text: str, size: int) -> None:
@@ -157,8 +167,9 @@ def test_vocabularies_of_others(excerpts: Path) -> None:
 
 def test_a_newline_piece_forbids_cutting() -> None:
     """A model whose trainer was given whole texts may have pieces with newlines."""
-    proto = sentencepiece_model(["a\nb\nc a\nb\nc"] * 50, split_by_whitespace=False)
-    assert any("\n" in p.text for p in sentencepiece_proto.read(proto).pieces), "the premise"
+    proto = sentencepiece_model(["ab\ncd\nab\ncd"] * 50)
+    pieces = [p.text for p in sentencepiece_proto.read(proto).pieces]
+    assert any("\n" in p for p in pieces) and not any(MARK in p[1:] for p in pieces), "the premise"
     assert not cuttable(sentencepiece_proto.read(proto))
     assert Tokenizer(proto).encode("a\nb\nc") == SentencePieceProcessor(model_proto=proto).encode("a\nb\nc")
 
@@ -268,6 +279,12 @@ def test_small_sizes_keep_the_commonest_letters() -> None:
     """Where the alphabet does not fit, the rarest letters become bytes; the space never does."""
     t = Tokenizer(train(["e" * 90 + "t" * 50 + "q"], 262))
     assert [p.text for p in t.spec.pieces[259:]] == ["e", "t", MARK]
+
+
+def test_the_space_is_always_a_piece() -> None:
+    """However rare it is: without it, a space would be decoded as U+2581."""
+    t = Tokenizer(train(["漢字仮名" * 100_000], 400))
+    assert MARK in [p.text for p in t.spec.pieces] and t.decode(t.encode("漢 字")) == "漢 字"
 
 
 def test_sizes_that_cannot_be() -> None:

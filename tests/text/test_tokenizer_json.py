@@ -152,17 +152,36 @@ def test_merges_are_transformers_own(ours: Tokenizer) -> None:
     assert merges(ours.spec) == generate_merges(normal)
 
 
-def test_no_json_for_what_it_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model that normalises text gets its tokenizer.model only, with a warning."""
+def test_the_name_of_a_byte_in_a_text(tmp_path: Path) -> None:
+    """A vocabulary whose pieces can be put together to "<0x41>": that is text, and not the byte."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import AutoTokenizer
+
+    proto = sentencepiece_model(["x1> y1> z1> q1> a<0x4 b<0x4 c<0x4 d<0x4"] * 100, normalization_rule_name="identity")
+    pieces = [p.text for p in Tokenizer(proto).spec.pieces]
+    assert {"<0x4", "1>"} <= set(pieces), "the premise"
+    write_tokenizer_files(tmp_path, Tokenizer(proto), context=8)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<0x41>", "a <0x41><0x42>", "<0x411>"):
+        assert theirs(text)["input_ids"][1:] == SentencePieceProcessor(model_proto=proto).encode(text)
+
+
+def sentencepiece_model(lines: list[str], **options: Any) -> bytes:
+    """A model by SentencePiece's own trainer."""
     from sentencepiece import SentencePieceTrainer
 
     out = io.BytesIO()
-    lines = iter([f"some words {i}" for i in range(200)])
-    SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=out, model_type="bpe", vocab_size=300, byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    write_tokenizer_files(tmp_path, Tokenizer(out.getvalue(), "odd.model"), context=8)
+    rules = dict(model_type="bpe", vocab_size=300, byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+    rules |= dict(remove_extra_whitespaces=False)
+    SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **(rules | options))
+    return out.getvalue()
+
+
+def test_no_json_for_what_it_cannot_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that normalises text gets its tokenizer.model only, with a warning."""
+    proto = sentencepiece_model([f"some words {i}" for i in range(200)], normalization_rule_name="nmt_nfkc")
+    write_tokenizer_files(tmp_path, Tokenizer(proto, "odd.model"), context=8)
     assert not (tmp_path / "tokenizer.json").exists()
-    assert (tmp_path / "tokenizer.model").read_bytes() == out.getvalue()
+    assert (tmp_path / "tokenizer.model").read_bytes() == proto
     assert "odd.model" in capsys.readouterr().err
