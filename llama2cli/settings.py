@@ -82,3 +82,24 @@ class Compute(Base):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         default="auto", help="arithmetic; auto is bf16 on CUDA and fp32 on CPU; fp16 is for inference only"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Compute):
+    """What every command takes that lets one model answer what a person typed."""
+
+    model: str = flag(help="the model: an HF folder, step folder or run folder", complete="checkpoint")
+    system: str | None = flag(default=None, help="system prompt, where there is no other")
+    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
+    temperature: float | None = flag(
+        default=None, help="0 is greedy; when not given the model's generation_config.json decides, else 0.6", low=0
+    )
+    top_p: float | None = flag(
+        default=None,
+        help="draw from the likeliest tokens that hold this share; when not given as above, 0.9",
+        low=0,
+        high=1,
+    )
+    tags: Literal["refuse", "escape", "keep"] = flag(
+        default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
+    )

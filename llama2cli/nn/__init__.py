@@ -1,1 +1,1 @@
-"""The Llama model, its operators, checkpoint reading and writing. Only `config` and `budget` may be imported without torch."""
+"""The Llama model, its operators, checkpoints. Only `config` and `budget` may be imported without torch."""

@@ -7,16 +7,15 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama2cli.nn import ops
+from llama2cli.nn import cpu, ops
 from llama2cli.nn.model import Block, KVCache, Llama
 
 Project = Callable[[Tensor], Tensor]
@@ -52,18 +51,6 @@ def _pack(weight: Tensor, rows: int) -> Tensor:
 
 def _packed(weight: Tensor, x: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-@contextmanager
-def usual_products() -> Iterator[None]:
-    """Within, torch's usual library multiplies whatever has no layout of oneDNN's."""
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
@@ -106,7 +93,7 @@ class Decoder:
         self.sin_S1K = torch.cat((-sin, sin), -1)[:, None]
         self.heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
 
-    @usual_products()
+    @cpu.blas()
     def step(self, ids_N: Tensor, cache: KVCache, lengths_N: Tensor, longest: int) -> Tensor:
         """Append one token to each row of the cache's memory and return the logits after it, fp32 [N, V].
 

@@ -1,1 +1,1 @@
-"""One file per command: a `Settings` dataclass that makes the flags, and `run(settings)`. Stages never import stages."""
+"""One file per command: a `Settings` dataclass that makes the flags, and `run(settings)`; no stage imports another."""

@@ -12,11 +12,11 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse, did_you_mean
-from llama2cli.settings import Compute, flag
+from llama2cli.settings import Sampled
 from llama2cli.text.chat import TAGS, Tags, encode_conversation, escape
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ COMMANDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Compute):
+class Settings(Sampled):
     """Hold a conversation in the terminal; answers appear as they are written.
 
     Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists the commands. When stdin is no terminal each of
@@ -43,22 +43,6 @@ class Settings(Compute):
     Example:
       llama2 chat --model run --system "Answer in one sentence."
     """
-
-    model: str = flag(help="the model: an HF folder, step folder or run folder", complete="checkpoint")
-    system: str | None = flag(default=None, help="system prompt")
-    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
-    temperature: float | None = flag(
-        default=None, help="0 is greedy; when not given the model's generation_config.json decides, else 0.6", low=0
-    )
-    top_p: float | None = flag(
-        default=None,
-        help="draw from the likeliest tokens that hold this share; when not given as above, 0.9",
-        low=0,
-        high=1,
-    )
-    tags: Literal["refuse", "escape", "keep"] = flag(
-        default="refuse", help="what to do with tags of the chat format, as [INST], in what you type"
-    )
 
 
 @dataclass

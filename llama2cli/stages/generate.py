@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
-from llama2cli.settings import Compute, Filter, flag
+from llama2cli.settings import Filter, Sampled, flag
 from llama2cli.text.chat import TAGS, encode_conversation, escape
 from llama2cli.text.records import Record
 from llama2cli.text.streams import Place, open_output, read_records, read_texts, some, windows
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Filter, Compute):
+class Settings(Filter, Sampled):
     """Answer prompts, continue documents or answer lines of plain text.
 
     A record {"messages": [...]} that ends with a user message gets the answer as one message more; a record
@@ -37,22 +37,7 @@ class Settings(Filter, Compute):
       echo "What is a llama?" | llama2 generate --text --model run --max-new-tokens 100 --seed 1 -o answers.jsonl
     """
 
-    model: str = flag(help="the model: an HF folder, step folder or run folder", complete="checkpoint")
     text: bool = flag(default=False, help="the input is plain text, a prompt on each line")
-    system: str | None = flag(default=None, help="system prompt of the dialogues that have none")
-    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
-    temperature: float | None = flag(
-        default=None, help="0 is greedy; when not given the model's generation_config.json decides, else 0.6", low=0
-    )
-    top_p: float | None = flag(
-        default=None,
-        help="draw from the likeliest tokens that hold this share; when not given as above, 0.9",
-        low=0,
-        high=1,
-    )
-    tags: Literal["refuse", "escape", "keep"] = flag(
-        default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
-    )
     skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill the context; else an error")
     batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
 
