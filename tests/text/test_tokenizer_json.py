@@ -157,7 +157,8 @@ def test_the_name_of_a_byte_in_a_text(tmp_path: Path) -> None:
     from sentencepiece import SentencePieceProcessor
     from transformers import AutoTokenizer
 
-    proto = sentencepiece_model(["x1> y1> z1> q1> a<0x4 b<0x4 c<0x4 d<0x4"] * 100, normalization_rule_name="identity")
+    rules = dict(normalization_rule_name="identity", split_by_number=False, split_by_unicode_script=False)
+    proto = sentencepiece_model(["x1> y1> z1> q1> a<0x4 b<0x4 c<0x4 d<0x4"] * 100, **rules)
     pieces = [p.text for p in Tokenizer(proto).spec.pieces]
     assert {"<0x4", "1>"} <= set(pieces), "the premise"
     write_tokenizer_files(tmp_path, Tokenizer(proto), context=8)
