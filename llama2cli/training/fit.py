@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2cli import console
-from llama2cli.errors import Interrupted
+from llama2cli.errors import DataError, Interrupted
 from llama2cli.training import dist, optim
 from llama2cli.training.data import Batch, Position
 from llama2cli.training.dist import World
@@ -100,8 +100,8 @@ def fit(
 
     loss: the arguments of a micro-batch -> the sum of its losses. save: writes all that a step folder holds, about
     `saved_bytes`, into a folder aside, given the step's metrics; on every rank. measure: metrics of a step, from the
-    data's position. evaluate: held-out metrics, HELD_OUT among them. Raises Failure where loss or gradient are not
-    finite, and Interrupted, after saving, when a signal has asked to stop.
+    data's position. evaluate: held-out metrics, HELD_OUT among them. Raises DataError for less than one batch,
+    Failure where loss or gradient are not finite, and Interrupted, after saving, when a signal has asked to stop.
     """
     saved = state.step
     metrics: dict[str, Any] = {}
@@ -143,6 +143,8 @@ def fit(
             if stopped:
                 break
             began = time.perf_counter()
+    if not state.step and not stopped:
+        raise DataError("the data ended before the first step: they do not fill one batch (a smaller --batch-size?)")
     if state.step < plan.steps and not stopped:
         done = f"{state.step:,} of {plan.steps:,} steps"
         console.warn(f"the data ended after {done}; the learning rate had not come to its end")
