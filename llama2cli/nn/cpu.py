@@ -79,7 +79,7 @@ def exact() -> bool:
             a, b = torch.randn(left, generator=generator), torch.randn(right, generator=generator)
             for x, y in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT)):
                 truth = x.double() @ y.double()
-                if ((x @ y).double() - truth).norm() > 2e-6 * truth.norm():
+                if (torch.matmul(x, y).double() - truth).norm() > 2e-6 * truth.norm():
                     return False
     finally:
         set_onednn(False)
@@ -145,13 +145,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """x turned by sign * angle, [B, T, H, K] that lies in memory as [B, H, T, K]; cos, sin fp32 [1|B, T, K/2]."""
+    """x turned by sign * angle, [B, T, H, K] that lies in memory as [B, H, T, K]; cos, sin [1|B, T, K/2]."""
     B, T, H, K = x_BTHK.shape
     x = x_BTHK.transpose(1, 2)
-    if x.dtype != torch.float32:
-        x = torch.empty(B, H, T, K, dtype=torch.float32).copy_(x)
+    dtype = torch.promote_types(x.dtype, cos.dtype)
+    if x.dtype != dtype:  # torch is slow where the types of a product differ
+        x = torch.empty(B, H, T, K, dtype=dtype).copy_(x)
     cos, sin = cos[:, None], sin[:, None]
-    out = torch.empty(B, H, T, K, dtype=torch.float32)
+    out = torch.empty(B, H, T, K, dtype=dtype)
     a, b = x[..., : K // 2], x[..., K // 2 :]
     torch.mul(a, cos, out=out[..., : K // 2]).addcmul_(b, sin, value=-sign)
     torch.mul(b, cos, out=out[..., K // 2 :]).addcmul_(a, sin, value=sign)
@@ -222,11 +223,13 @@ class _Attention(torch.autograd.Function):
     """q, k, v: [Z, T, K] contiguous, q scaled. lows: first key of each block. segments: [B, T] or None."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, lows: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, lows: list[int], training: bool
+    ) -> Tensor:
         Z, T, _ = q.shape
         o = torch.empty_like(q)
-        wanted = any(ctx.needs_input_grad[:3])
-        keep = wanted and Z * T * (T + BLOCK) // 2 * q.element_size() <= SAVE_BYTES
+        training = training and any(ctx.needs_input_grad[:3])
+        keep = training and Z * T * (T + BLOCK) // 2 * q.element_size() <= SAVE_BYTES
         kept: list[Tensor] = []
         for part in _parts(q, segments, whole=keep):
             for i, lo in zip(range(0, T, BLOCK), lows):
@@ -235,7 +238,7 @@ class _Attention(torch.autograd.Function):
                 torch.bmm(p, v[part.z, lo:end], out=o[part.z, i:end])
                 if keep:
                     kept.append(p)
-        if wanted:
+        if training:
             ctx.save_for_backward(q, k, v, o, segments, *kept)
             ctx.lows = lows
         return o
@@ -258,7 +261,7 @@ class _Attention(torch.autograd.Function):
                 ds.sub_(along[z, i:end]).mul_(p)
                 torch.bmm(ds, k[z, lo:end], out=dq[z, i:end])
                 _add_product(dk[z, lo:end], ds.mT, q[z, i:end])
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 class _Part:
@@ -301,5 +304,5 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tenso
     k, v = _heads_first(k_BTGK, repeat), _heads_first(v_BTGK, repeat)
     lows = [0] * len(range(0, T, BLOCK)) if segments_BT is None else _first_keys(segments_BT)
     with torch.autocast("cpu", enabled=False):
-        o = _Attention.apply(q, k, v, segments_BT, lows)
+        o = _Attention.apply(q, k, v, segments_BT, lows, torch.is_grad_enabled())
     return o.view(B, H, T, K).transpose(1, 2)

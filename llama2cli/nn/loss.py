@@ -46,7 +46,7 @@ def linear_cross_entropy(
         hidden_ND, targets_N = hidden_ND.index_select(0, rows), targets_N.index_select(0, rows)
         scale_N = None if scale_N is None else scale_N.index_select(0, rows)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, scale_N, dtype)
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, scale_N, dtype, torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -67,9 +67,15 @@ def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> T
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+        training: bool,
     ) -> Tensor:
-        by_hidden, by_weight = ctx.needs_input_grad[:2]
+        by_hidden, by_weight = (training and needed for needed in ctx.needs_input_grad[:2])
         total = _sum_dtype(dtype)
         w_VD = weight.to(dtype)
         nll_N = torch.empty(len(targets), dtype=total, device=hidden.device)
@@ -90,7 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_weight is not None:
                 h_CD = h_CD if scale is None else (h_CD * scale[part, None]).to(dtype)
                 for v in range(0, len(w_VD), HEAD_ROWS):
-                    d_weight[v : v + HEAD_ROWS] += torch.mm(logits_CV[:, v : v + HEAD_ROWS].t(), h_CD)
+                    rows = slice(v, v + HEAD_ROWS)
+                    if dtype == total:
+                        d_weight[rows].addmm_(logits_CV[:, rows].t(), h_CD)
+                    else:
+                        d_weight[rows] += torch.mm(logits_CV[:, rows].t(), h_CD)
         # Held by ctx rather than saved: the backward pass may give them away, and the head's need not be copied.
         ctx.held = [d_hidden, None if d_weight is None else d_weight.to(weight.dtype), nll_N]
         return (nll_N if scale is None else nll_N * scale).sum()
@@ -106,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d is not None:
                     d *= grad
         d_scale = nll_N * grad if ctx.needs_input_grad[3] else None
-        return d_hidden, d_weight, None, d_scale, None
+        return d_hidden, d_weight, None, d_scale, None, None
 
 
 def _softmax_(logits_CV: Tensor, targets_C: Tensor, total: torch.dtype) -> Tensor:
