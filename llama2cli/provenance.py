@@ -34,17 +34,6 @@ def write(path: str | Path, settings: Any, inputs: Iterable[str | Path] = ()) ->
     Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
 
 
-def key(settings: Any, inputs: Iterable[str | Path] = (), ignore: Iterable[str] = ()) -> str:
-    """A fingerprint of settings and inputs: two runs with the same key write the same bytes (journals are kept by it).
-
-    ignore: names of settings that do not change the output, besides those that never do (out, quiet, debug, ...).
-    """
-    drop = {"out", "quiet", "debug", "config", "resume", "provenance", *ignore}
-    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in drop}
-    record = [__version__, values, {str(p): fingerprint(p) for p in inputs}]
-    return hashlib.sha256(msgspec.json.encode(record, order="sorted")).hexdigest()
-
-
 def fingerprint(path: str | Path) -> str | None:
     """sha256 of a file, or of a folder's manifest (of its files where it has none); None for stdin and for nothing."""
     if str(path) == "-":

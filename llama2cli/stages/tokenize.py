@@ -382,13 +382,11 @@ def stream(
     import msgspec
 
     from llama2cli.text.documents import Tally
-    from llama2cli.text.output import Output, fingerprint
+    from llama2cli.text.streams import open_output, some
 
-    said = {k: v for k, v in asdict(settings).items() if k not in ("quiet", "debug", "workers", "resume", "config")}
-    key = fingerprint("tokenize", said, tokenizer.sha256, paths=settings.files)
-    inputs = settings.files or ["-"]
+    items = some(items, settings.files, "documents")
     total = Tally()
-    with Output(settings.out, key=key, resume=settings.resume is not False, inputs=inputs) as out:
+    with open_output(settings, tokenizer.sha256) as out:
         total.inputs = out.skip
         with console.Progress("tokenize", unit="records") as progress:
             progress.start_at(out.skip)

@@ -100,11 +100,15 @@ def fingerprint(*parts: Any, paths: Iterable[str | Path] = ()) -> str:
     return digest.hexdigest()
 
 
+# Flags that change no byte of the output.
+SILENT = ("quiet", "debug", "resume", "config", "provenance", "workers")
+
+
 def open_output(settings: Filter, *parts: Any, paths: Iterable[str | Path] = ()) -> Output:
     """The `Output` that a filter's flags ask for. parts, paths: what else its records depend on (a model's folder)."""
-    inputs = settings.files or ["-"]
-    key = fingerprint(type(settings).__module__, settings, *parts, paths=[*settings.files, *paths])
-    return Output(settings.out, key=key, resume=settings.resume, inputs=inputs)
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in SILENT}
+    key = fingerprint(type(settings).__module__, asked, *parts, paths=[*settings.files, *paths])
+    return Output(settings.out, key=key, resume=settings.resume is not False, inputs=settings.files or ["-"])
 
 
 # --- the output ---------------------------------------------------------------------------------------------------
