@@ -16,6 +16,12 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("LLAMA2_SHARED", ROOT.parent / "shared"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What commands remember of this machine stays in the tests' own folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public data beside the checkout; a test that needs it is skipped where it is absent."""

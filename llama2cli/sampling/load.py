@@ -9,8 +9,8 @@ import torch
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse
-from llama2cli.nn import ops
 from llama2cli.nn.checkpoint import check_tokenizer, load_model
+from llama2cli.nn.choice import choose
 from llama2cli.nn.config import read_json
 from llama2cli.sampling.engine import Engine
 from llama2cli.text.folders import resolve_model
@@ -44,7 +44,7 @@ def load_engine(path: str, *, device: str = "auto", dtype: str = "auto", rows: i
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" else "fp32"
-    ops.setup_process()
+    choose()
     folder = resolve_model(path)
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, dtype=dtype, device=device)

@@ -107,10 +107,10 @@ def this_cpu(settings: Settings) -> budget.GPU:
 
     import torch
 
-    from llama2cli.nn import ops
+    from llama2cli.nn.choice import choose
     from llama2cli.training import meter
 
-    ops.setup_process()  # as training does: the peak is that of the operations it would use
+    choose()  # as training does: the peak is that of the operations it would use
     cpu = torch.device("cpu")
     peak, _ = meter.peak_flops(cpu, torch.float32, settings.peak)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,9 +13,9 @@ import torch
 from llama2cli import console
 from llama2cli.errors import Misuse
 from llama2cli.nn import ops
+from llama2cli.nn.choice import choose
 from llama2cli.training import dist, state
 from llama2cli.training.dist import World
-from llama2cli.training.kernels import choose
 from llama2cli.training.order import mix
 from llama2cli.training.run import METRICS, SETTINGS, Run, check_same
 from llama2cli.training.state import Machine, State

@@ -1,4 +1,4 @@
-"""A machine takes the same kernels in every run."""
+"""A machine takes the same forms of the operations in every run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama2cli.nn import ops
-from llama2cli.training import kernels
+from llama2cli.nn import choice, ops
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +24,7 @@ def picks_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch, faster: bool) -> d
 
     monkeypatch.setattr(cpu, "compare", lambda *args, **kwargs: faster)
     ops.restore({"mode": "auto", "picks": {}})
-    kernels.choose()
+    choice.choose()
     return ops.choices()["picks"]
 
 
@@ -33,22 +32,22 @@ def test_the_first_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     first = picks_of_a_fresh_process(monkeypatch, True)
     assert first and set(first.values()) == {"fast"}
     assert picks_of_a_fresh_process(monkeypatch, False) == first
-    kernels.memory_file().unlink()
+    choice.memory_file().unlink()
     assert set(picks_of_a_fresh_process(monkeypatch, False).values()) == {"plain"}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"attention.fp32": 3}', "\x00"])
 def test_a_damaged_memory_is_no_memory(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
-    kernels.memory_file().parent.mkdir(parents=True)
-    kernels.memory_file().write_text(content)
+    choice.memory_file().parent.mkdir(parents=True)
+    choice.memory_file().write_text(content)
     assert set(picks_of_a_fresh_process(monkeypatch, True).values()) == {"fast"}
-    assert kernels.recall(kernels.memory_file()) == picks_of_a_fresh_process(monkeypatch, False)
+    assert choice.recall(choice.memory_file()) == picks_of_a_fresh_process(monkeypatch, False)
 
 
 def test_a_new_operation_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
     first = picks_of_a_fresh_process(monkeypatch, True)
     known = {k: v for k, v in first.items() if k != "attention.fp32"}
-    kernels.remember(kernels.memory_file(), known, replace=True)
+    choice.remember(choice.memory_file(), known, replace=True)
     assert picks_of_a_fresh_process(monkeypatch, False) == first | {"attention.fp32": "plain"}
 
 
@@ -59,5 +58,5 @@ def test_no_place_to_remember(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_plain_remembers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ops.force("plain")
-    kernels.choose()
-    assert not kernels.memory_file().exists() and ops.choices()["mode"] == "plain"
+    choice.choose()
+    assert not choice.memory_file().exists() and ops.choices()["mode"] == "plain"

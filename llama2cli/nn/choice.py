@@ -1,4 +1,4 @@
-"""The kernels that were chosen on this machine, remembered from the first run to all later ones.
+"""The forms of the operations that were chosen on this machine, remembered from the first command to all later ones.
 
 The choice is made by the clock, and two forms that are nearly as fast would be chosen now so, now so: the same command
 would not give the same bytes. The file is `llama2cli/kernels-*.json` in the user's cache folder (XDG_CACHE_HOME, else
@@ -33,7 +33,10 @@ def memory_file() -> Path:
 
 
 def choose() -> None:
-    """Take the forms of the operations that this machine took before; choose and remember those that are new."""
+    """Set the process up (`ops.setup_process`) with the forms that this machine took before, and remember new ones.
+
+    For every command that computes with a model; call it once, before the first operation.
+    """
     path = memory_file()
     old, known = path.exists(), recall(path)
     if ops.choices()["mode"] == "plain":
@@ -64,7 +67,9 @@ def remember(path: Path, picks: dict[str, str], *, replace: bool) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(picks, indent=1) + "\n")
-        if replace or not path.exists():
+        if replace:
             aside.replace(path)
+        else:
+            os.link(aside, path)  # fails where another process was first
     with contextlib.suppress(OSError):
         aside.unlink(missing_ok=True)
