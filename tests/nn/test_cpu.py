@@ -74,19 +74,30 @@ def test_keys_before_a_block_s_texts_are_left_out(monkeypatch: pytest.MonkeyPatc
     assert cpu._first_keys(torch.tensor([first, [0] * 128])) == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("T", [200, 300])
-def test_bf16_attention_is_as_exact_as_torch_s(T: int) -> None:
-    """Error against fp64 on the same rounded inputs, beside that of torch's kernel."""
+@pytest.mark.parametrize(("T", "bounds"), [(200, (3, 3, 3, 2)), (2000, (2.5, 2.5, 1.6, 1.2))])
+def test_bf16_attention_is_nearly_as_exact_as_torch_s(T: int, bounds: tuple[float, ...]) -> None:
+    """Error against fp64 on the same rounded inputs, beside that of torch's kernel; long rows do not lose more."""
     torch.manual_seed(0)
-    exact = [x.detach().bfloat16().double().requires_grad_() for x in qkv(2, T, 4, 2, 32)]
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in qkv(1, T, 2, 2, 32)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     direction = torch.randn_like(exact[0]).bfloat16()
     want = with_gradients(ops.plain_attention(*exact, None), exact, direction.double())
     ours = with_gradients(cpu.attention(*rounded, None), rounded, direction)
     torchs = with_gradients(ops.plain_attention(*rounded, None), rounded, direction)
-    for a, b, truth in zip(ours, torchs, want):
+    for a, b, truth, times in zip(ours, torchs, want, bounds):  # o, dq, dk, dv
         assert a.dtype == torch.bfloat16
-        assert (a - truth).norm() < max(2 * (b - truth).norm(), 0.01 * truth.norm())
+        assert (a - truth).norm() < times * (b - truth).norm()
+
+
+def test_without_gradients_no_probabilities_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    parts = cpu._parts
+    monkeypatch.setattr(cpu, "_parts", lambda *a, whole: [kept.append(whole), parts(*a, whole=whole)][1])
+    leaves = qkv(1, 8, 2, 1, 4)
+    with torch.no_grad():
+        cpu.attention(*leaves, None)
+    cpu.attention(*leaves, None)
+    assert kept == [False, True]
 
 
 def test_rms_norm_passes_gradcheck() -> None:
