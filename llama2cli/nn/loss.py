@@ -58,9 +58,11 @@ def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> T
     out = torch.zeros(len(targets_N), dtype=total, device=hidden_ND.device)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         rows = (targets_N != IGNORE).nonzero().squeeze(1)
-        for part in rows.split(_chunk(weight)):
-            logits = F.linear(hidden_ND[part].to(dtype), weight)
-            out[part] = -_softmax_(logits, targets_N[part], total)
+        size = _chunk(weight)
+        logits = torch.empty(min(size, len(rows)), len(weight), dtype=dtype, device=hidden_ND.device)
+        for part in rows.split(size):
+            logits_CV = torch.mm(hidden_ND[part].to(dtype), weight.t(), out=logits[: len(part)])
+            out[part] = -_softmax_(logits_CV, targets_N[part], total)
     return out
 
 
@@ -82,10 +84,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if by_hidden else None
         d_weight = torch.zeros_like(weight, dtype=total) if by_weight else None
         size = _chunk(weight)
+        # One memory for the logits of all chunks: given back and asked for anew, it might lie elsewhere each time.
+        logits = torch.empty(min(size, len(targets)), len(weight), dtype=dtype, device=hidden.device)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             h_CD, targets_C = hidden[part].to(dtype), targets[part]
-            logits_CV = F.linear(h_CD, w_VD)
+            logits_CV = torch.matmul(h_CD, w_VD.t(), out=logits[: len(h_CD)])
             nll_N[part] = _softmax_(logits_CV, targets_C, total)
             if d_hidden is None and d_weight is None:
                 continue
