@@ -20,7 +20,7 @@ from typing import Any
 import typer
 
 from llama2cli import __version__, console
-from llama2cli.errors import Failure, Misuse, did_you_mean
+from llama2cli.errors import Failure, Interrupted, Misuse, did_you_mean
 from llama2cli.settings import Base
 
 COMMANDS = {
@@ -215,8 +215,7 @@ def emit(result: Any) -> None:
 
 def invoke(args: Sequence[str]) -> int:
     """Run one command line and return its exit code; no exception leaves, each becomes one line on stderr."""
-    command = next((a for a in args if not a.startswith("-")), None)
-    command = command if command in COMMANDS else None
+    command = next((a for a in [*args, *completed_words()] if a in COMMANDS), None)
     console.configure(f"llama2 {command}" if command else "llama2", quiet=False)
 
     def act(settings: Base) -> None:
@@ -227,6 +226,8 @@ def invoke(args: Sequence[str]) -> int:
             # The reader of our output has gone, as `| head` does. Typer would exit with 1; and the interpreter must not
             # complain at its end about what is still in the buffer.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyboardInterrupt:  # typer would exit with 130 and say nothing
+            raise Interrupted("interrupted") from None
 
     try:
         app = build(command, args, act)
@@ -244,12 +245,20 @@ def invoke(args: Sequence[str]) -> int:
         console.flush_warnings()
 
 
+def completed_words() -> list[str]:
+    """The command line that a shell wants completed, which it passes in the environment; [] when it runs a command."""
+    if "_LLAMA2_COMPLETE" not in os.environ:
+        return []
+    return (os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS", "")).split()[1:]
+
+
 def explain(error: BaseException, command: str | None) -> tuple[str, int]:
     """The one line and the exit code of an exception."""
     if isinstance(error, Failure):
         return str(error), error.exit_code
     if isinstance(error, typer.TyperException):  # the command line itself
-        text = " ".join(error.format_message().split()).replace("(Possible options:", "(did you mean")
+        text = " ".join(error.format_message().split())
+        text = text.replace("(Possible options:", "(did you mean").replace("Value error, ", "")
         return f"{text} (see `llama2{' ' + command if command else ''} --help`)", error.exit_code
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return "interrupted", 130
