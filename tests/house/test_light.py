@@ -52,9 +52,8 @@ def closure(name: str, requires: dict[str, list[str]] | None = None) -> set[str]
 
 
 def size(name: str) -> int:
-    """Bytes of the installed files of a distribution, without compiled caches."""
-    files = metadata.files(name) or []
-    paths = [Path(str(f.locate())) for f in files if f.suffix != ".pyc"]
+    """Bytes of the installed files of a distribution, pip's compiled caches among them."""
+    paths = [Path(str(f.locate())) for f in metadata.files(name) or []]
     return sum(p.stat().st_size for p in paths if p.is_file())
 
 
