@@ -26,10 +26,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128  # query rows of one product
+BLOCK = 128  # query rows of one product are a multiple of it
+BLOCKS = 8  # and an eighth of long rows: each product rearranges all keys before it
+LONG = 1024  # longer rows in fp32 are left to torch's kernel, which is faster there
 SAVE_BYTES = 128 << 20  # probabilities of a call are kept for the backward pass up to this size, else computed again
 BLOCK_BYTES = 32 << 20  # scores held at once where they are not kept
 
@@ -195,20 +198,29 @@ def _heads_first(x_BTHK: Tensor, repeat: int = 1) -> Tensor:
     return x.reshape(B * G * repeat, T, K)
 
 
+def _block_rows(T: int) -> int:
+    """Query rows of a block."""
+    return BLOCK * max(1, math.ceil(T / (BLOCKS * BLOCK)))
+
+
 def _first_keys(segments_BT: Tensor) -> list[int]:
     """For each block of queries the first key that one of them, in any row, may see (down to a multiple of 16)."""
-    T = segments_BT.shape[1]
-    first_BT = torch.stack([(row[:, None] == row[None, :]).byte().argmax(1) for row in segments_BT])
-    return [int(first_BT[:, i : i + BLOCK].min()) // 16 * 16 for i in range(0, T, BLOCK)]
+    B, T = segments_BT.shape
+    ids, order = segments_BT.sort(dim=1, stable=True)
+    place = torch.arange(T).expand(B, T)
+    begins = torch.ones(B, T, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    begin = torch.where(begins, place, 0).cummax(1).values  # in the sorted row, where an id's run begins
+    first = torch.empty_like(order).scatter_(1, order, order.gather(1, begin))
+    return [int(part.min()) // 16 * 16 for part in first.split(_block_rows(T), dim=1)]
 
 
-def _probabilities(q: Tensor, k: Tensor, i: int, lo: int, segments: Tensor | None, out: Tensor | None) -> Tensor:
-    """Softmax of the scores of query rows i.. (a block) on keys lo.. to the end of the block: [Z, rows, keys].
+def _probabilities(q: Tensor, k: Tensor, i: int, end: int, lo: int, segments: Tensor | None) -> Tensor:
+    """Softmax of the scores of query rows i..end on keys lo..end: [Z, rows, keys].
 
     q is scaled. Scores are masked by adding -inf: torch adds several times faster than it fills under a mask.
     """
-    end = min(q.shape[1], i + BLOCK)
-    scores = torch.bmm(q[:, i:end], k[:, lo:end].mT, out=out)
+    scores = torch.bmm(q[:, i:end], k[:, lo:end].mT)
     rows = end - i
     causal = torch.full((rows, rows), -math.inf, dtype=q.dtype).triu_(1)
     scores[:, :, i - lo :] += causal
@@ -229,12 +241,13 @@ class _Attention(torch.autograd.Function):
         Z, T, _ = q.shape
         o = torch.empty_like(q)
         training = training and any(ctx.needs_input_grad[:3])
-        keep = training and Z * T * (T + BLOCK) // 2 * q.element_size() <= SAVE_BYTES
+        step = _block_rows(T)
+        keep = training and Z * T * (T + step) // 2 * q.element_size() <= SAVE_BYTES
         kept: list[Tensor] = []
         for part in _parts(q, segments, whole=keep):
-            for i, lo in zip(range(0, T, BLOCK), lows):
-                end = min(T, i + BLOCK)
-                p = _probabilities(q[part.z], k[part.z], i, lo, part.segments, None)
+            for i, lo in zip(range(0, T, step), lows):
+                end = min(T, i + step)
+                p = _probabilities(q[part.z], k[part.z], i, end, lo, part.segments)
                 torch.bmm(p, v[part.z, lo:end], out=o[part.z, i:end])
                 if keep:
                     kept.append(p)
@@ -248,14 +261,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, segments, *kept = ctx.saved_tensors
         T = q.shape[1]
+        step = _block_rows(T)
         do = do.contiguous()
         along = (do * o).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), _zeros_sum(k), _zeros_sum(v)
         for part in _parts(q, segments, whole=bool(kept)):
             z = part.z
-            for j, (i, lo) in enumerate(zip(range(0, T, BLOCK), ctx.lows)):
-                end = min(T, i + BLOCK)
-                p = kept[j] if kept else _probabilities(q[z], k[z], i, lo, part.segments, None)
+            for j, (i, lo) in enumerate(zip(range(0, T, step), ctx.lows)):
+                end = min(T, i + step)
+                p = kept[j] if kept else _probabilities(q[z], k[z], i, end, lo, part.segments)
                 _add_product(dv[z, lo:end], p.mT, do[z, i:end])
                 ds = torch.bmm(do[z, i:end], v[z, lo:end].mT)
                 ds.sub_(along[z, i:end]).mul_(p)
@@ -277,7 +291,7 @@ def _parts(q: Tensor, segments: Tensor | None, *, whole: bool) -> list[_Part]:
     if whole:
         return [_Part(slice(0, Z), segments)]
     heads = 1 if segments is None else Z // len(segments)
-    step = heads * max(1, BLOCK_BYTES // (heads * min(BLOCK, T) * T * q.element_size()))
+    step = heads * max(1, BLOCK_BYTES // (heads * min(_block_rows(T), T) * T * q.element_size()))
     return [
         _Part(slice(z, z + step), None if segments is None else segments[z // heads : (z + step) // heads])
         for z in range(0, Z, step)
@@ -298,11 +312,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tensor | None) -> Tensor:
     """As ops.attention: by blocks of query rows; for short rows the probabilities are kept for the backward pass."""
+    if q_BTHK.dtype == torch.float32 and q_BTHK.shape[1] > LONG and segments_BT is None:
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     B, T, H, K = q_BTHK.shape
     repeat = H // k_BTGK.shape[2]
     q = _heads_first(q_BTHK * (1 / math.sqrt(K)))
     k, v = _heads_first(k_BTGK, repeat), _heads_first(v_BTGK, repeat)
-    lows = [0] * len(range(0, T, BLOCK)) if segments_BT is None else _first_keys(segments_BT)
+    lows = [0] * math.ceil(T / _block_rows(T)) if segments_BT is None else _first_keys(segments_BT)
     with torch.autocast("cpu", enabled=False):
         o = _Attention.apply(q, k, v, segments_BT, lows, torch.is_grad_enabled())
     return o.view(B, H, T, K).transpose(1, 2)

@@ -38,7 +38,8 @@ def with_gradients(out: Tensor, leaves: list[Tensor], direction: Tensor) -> list
 def test_attention_and_its_gradients(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int, int], kind: str, keep: bool
 ) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", 16)  # several blocks, the last one not full
+    monkeypatch.setattr(cpu, "BLOCK", 8)  # several blocks, the last one not full
+    monkeypatch.setattr(cpu, "BLOCKS", 3)
     monkeypatch.setattr(cpu, "SAVE_BYTES", 1 << 30 if keep else 0)
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 1 << 13)  # several slices of rows or heads
     torch.manual_seed(0)
@@ -65,6 +66,17 @@ def test_recomputed_probabilities_are_the_kept_ones(monkeypatch: pytest.MonkeyPa
     again = with_gradients(cpu.attention(*leaves, None), leaves, direction)
     for a, b in zip(kept, again):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("T", "rows"), [(1, 128), (1024, 128), (1025, 256), (4096, 512)])
+def test_long_rows_have_larger_blocks(T: int, rows: int) -> None:
+    assert cpu._block_rows(T) == rows
+
+
+def test_long_rows_in_fp32_are_left_to_torch() -> None:
+    torch.manual_seed(0)
+    leaves = [x.detach().float().requires_grad_() for x in qkv(1, 1100, 2, 1, 4)]
+    assert torch.equal(cpu.attention(*leaves, None), ops.plain_attention(*leaves, None))
 
 
 def test_keys_before_a_block_s_texts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
