@@ -272,7 +272,7 @@ def explain(error: BaseException, command: str | None) -> tuple[str, int]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The `llama2` command."""
-    # How long a thread of torch's CPU operations spins for the others before it sleeps, read when torch is imported. With
-    # the library's own 300,000 rounds a step beside any other busy program took ten times as long.
+    # How long a thread of torch's CPU operations spins for the others before it sleeps; read when torch is imported.
+    # With the library's own 300,000 rounds a step beside another busy program took ten times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     sys.exit(invoke((sys.argv[1:] if args is None else args) or ["--help"]))
