@@ -82,7 +82,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w_VD = weight.to(dtype)
         nll_N = torch.empty(len(targets), dtype=total, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if by_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=total) if by_weight else None
+        d_weight = torch.empty_like(weight, dtype=total) if by_weight else None
+        if d_weight is not None and not len(targets):
+            d_weight.zero_()
         size = _chunk(weight)
         # One memory for the logits of all chunks: given back and asked for anew, it might lie elsewhere each time.
         logits = torch.empty(min(size, len(targets)), len(weight), dtype=dtype, device=hidden.device)
@@ -102,9 +104,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for v in range(0, len(w_VD), HEAD_ROWS):
                     rows = slice(v, v + HEAD_ROWS)
                     if dtype == total:
-                        d_weight[rows].addmm_(logits_CV[:, rows].t(), h_CD)
-                    else:
+                        d_weight[rows].addmm_(logits_CV[:, rows].t(), h_CD, beta=min(start, 1))
+                    elif start:
                         d_weight[rows] += torch.mm(logits_CV[:, rows].t(), h_CD)
+                    else:
+                        d_weight[rows] = torch.mm(logits_CV[:, rows].t(), h_CD)
         # Held by ctx rather than saved: the backward pass may give them away, and the head's need not be copied.
         ctx.held = [d_hidden, None if d_weight is None else d_weight.to(weight.dtype), nll_N]
         return (nll_N if scale is None else nll_N * scale).sum()

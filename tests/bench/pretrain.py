@@ -9,7 +9,8 @@ variables that keep glibc from returning memory. head: linear and cross-entropy 
 vocabulary 32000, gradients included; memory is the growth of the resident peak in the first call.
 
 Each figure is the median of a process of its own, one thread on one core, in turns (A B C A B C ...); a ratio is taken
-within a round, and the lowest round is told. Peak is the best product of 1024 x 1024 matrices by any library of torch,
+within a round, and the lowest round is told. --busy keeps another core busy with copies meanwhile, as it is on a machine
+that is shared: both ways differ, HF as shipped the most, since it asks the system for memory at each operation. Peak is the best product of 1024 x 1024 matrices by any library of torch,
 measured in the same process. FLOPs per token: 6 x (non-embedding + head) + 6 x layers x width x 256.
 Prints JSON lines, and tables (Markdown) on stderr.
 """
@@ -26,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--core", default="0", help="core to pin to; empty: not pinned")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kernels", choices=["auto", "plain"], default="auto", help="forms of our operations")
+    parser.add_argument("--busy", default="", help="core that is kept busy, 1 for instance")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -323,7 +325,26 @@ def machine(args: argparse.Namespace) -> str:
     return (
         f"{datetime.date.today()}, {name}, {os.cpu_count()} cores, of which {args.threads} used; "
         f"Python {sys.version.split()[0]}, {versions}; load {os.getloadavg()[0]:.1f} at the start"
+        + (f"; core {args.busy} busy with copies" if args.busy else "")
     )
+
+
+@contextlib.contextmanager
+def busy(core: str) -> Iterator[None]:
+    """Meanwhile a process copies 64 MB to and fro on another core."""
+    code = f"""
+import os, numpy
+os.sched_setaffinity(0, {{{core}}})
+a, b = numpy.ones(1 << 23), numpy.ones(1 << 23)
+while os.getppid() == {os.getpid()}: b[:] = a
+"""
+    process = subprocess.Popen([sys.executable, "-c", code]) if core else None
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
 
 
 def main() -> None:
@@ -336,8 +357,9 @@ def main() -> None:
         print(json.dumps(row))
         return
     tables = [machine(args)]
-    tables += step_table(args) if "step" in args.what else []
-    tables += head_table(args) if "head" in args.what else []
+    with busy(args.busy):
+        tables += step_table(args) if "step" in args.what else []
+        tables += head_table(args) if "head" in args.what else []
     print("\n".join(tables), file=sys.stderr)
 
 

@@ -75,6 +75,26 @@ def test_gradient_of_one_of_the_two(which: str) -> None:
     assert torch.allclose(got, torch.autograd.grad(torchs(hidden, weight, targets, None), leaf)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("none", [False, True], ids=["", "no targets"])
+def test_memory_that_held_nan(dtype: torch.dtype, none: bool) -> None:
+    """Results do not depend on what memory held before, with either library of products."""
+    hidden, weight, targets, scale = case(200, 64, 512, torch.float32)
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+    if none:
+        targets.fill_(-100)
+
+    def run() -> list[Tensor]:
+        total = ops.linear_cross_entropy(*leaves, targets, scale_N=scale)
+        return [total.detach(), *torch.autograd.grad(total, leaves)]
+
+    first = run()
+    for size in (512 * 64, 200 * 512, 200 * 64, 3 * 512):
+        del [torch.full((size,), math.nan) for _ in range(8)][:]
+    for a, b in zip(first, run()):
+        assert torch.equal(a, b) and torch.isfinite(a).all()
+
+
 def test_a_tied_table_gets_both_gradients() -> None:
     _, table, targets, _ = case(6, 4, 9)
     ids = torch.randint(0, 9, (6,))
