@@ -8,10 +8,11 @@ same weights, rows and targets; "loss" is that of the third step. "HF, malloc tu
 variables that keep glibc from returning memory. head: linear and cross-entropy of 8 x 1024 tokens at width 288 and
 vocabulary 32000, gradients included; memory is the growth of the resident peak in the first call.
 
-Each figure is the median of a process of its own, one thread on one core, in turns (A B C A B C ...); a ratio is taken
-within a round, and the lowest round is told. --busy keeps another core busy with copies meanwhile, as it is on a machine
-that is shared: both ways differ, HF as shipped the most, since it asks the system for memory at each operation. Peak is the best product of 1024 x 1024 matrices by any library of torch,
-measured in the same process. FLOPs per token: 6 x (non-embedding + head) + 6 x layers x width x 256.
+Each figure is the median of a process of its own, one thread on one core, in turns (A B C A B C ...); a ratio is
+taken within a round, and the lowest round is told. --busy keeps another core busy with copies meanwhile, as it is on
+a machine that is shared: both ways differ, HF as shipped the most, since it asks the system for memory at each
+operation. Peak is the best product of 1024 x 1024 matrices by any library of torch, measured in the same process.
+FLOPs per token: 6 x (non-embedding + head) + 6 x layers x width x 256.
 Prints JSON lines, and tables (Markdown) on stderr.
 """
 
