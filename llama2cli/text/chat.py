@@ -47,12 +47,18 @@ class Encoded:
 
 
 def encode_dialogue(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, tags: Tags = "escape", place: Sequence[object] = ()
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    truncated: bool = False,
+    tags: Tags = "escape",
+    place: Sequence[object] = (),
 ) -> Encoded:
     """The ids and loss mask of a dialogue (system?, user, assistant, user, assistant, ...).
 
     An assistant message with `weight: 0` is not trained. A last user message without an answer ends in `[/INST]`, ready
-    to be answered; nothing of it is trained.
+    to be answered; nothing of it is trained. truncated: the last answer was cut, so the space and EOS that would close
+    it are left out.
 
     Raises DataError, at `place`, for roles out of turn and a tag under tags="refuse"; and for a tokenizer whose pieces
     reach over a space (no Llama tokenizer's do), because the first token of an answer would be the prompt's too.
@@ -62,7 +68,8 @@ def encode_dialogue(
     mask: list[bool] = []
     for i, user in enumerate(users):
         prompt = tokenizer.encode(f"{B_INST} {user} {E_INST}")
-        answer = encode_answer(tokenizer, prompt, user, answers[i]) if i < len(answers) else []
+        open_ended = truncated and i + 1 == len(users)
+        answer = encode_answer(tokenizer, prompt, user, answers[i], open_ended) if i < len(answers) else []
         ids += [tokenizer.bos_id, *prompt, *answer]
         mask += [False] * (1 + len(prompt)) + [bool(answer) and weights[i] != 0] * len(answer)
     return Encoded(ids, mask, n_escaped)
@@ -77,6 +84,24 @@ def encode_prompt(
     return encode_dialogue(tokenizer, messages, tags=tags, place=place).ids
 
 
+def encode_scored(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    truncated: bool = False,
+    tags: Tags = "escape",
+    place: Sequence[object] = (),
+) -> list[int]:
+    """The ids of a dialogue that ends with an assistant message, for a reward model, which is read at the last of them.
+
+    That is the EOS behind the answer; a truncated answer has none, and is read at its own last token. Raises as
+    `encode_dialogue` does, and for a dialogue that ends otherwise.
+    """
+    if not messages or messages[-1]["role"] != "assistant":
+        raise DataError("messages: expected a dialogue that ends with an assistant message", *place)
+    return encode_dialogue(tokenizer, messages, truncated=truncated, tags=tags, place=place).ids
+
+
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], *, tags: Tags = "refuse", place: Sequence[object] = ()
 ) -> Encoded:
@@ -89,14 +114,20 @@ def encode_conversation(
     return replace(encoded, n_escaped=encoded.n_escaped + sum(n for _, n in safe))
 
 
-def encode_answer(tokenizer: Tokenizer, prompt: list[int], user: str, answer: str) -> list[int]:
-    """The ids of an answer with its closing space and EOS, as they stand in the encoding of the whole round."""
+def encode_answer(
+    tokenizer: Tokenizer, prompt: list[int], user: str, answer: str, open_ended: bool = False
+) -> list[int]:
+    """The ids of an answer with its closing space and EOS, as they stand in the encoding of the whole round.
+
+    open_ended: without the space and EOS.
+    """
+    text, end = (answer, []) if open_ended else (f"{answer} ", [tokenizer.eos_id])
     if tokenizer.exact:  # no piece reaches over a space: the parts of a round have the ids that they have in the whole
-        return [*tokenizer.encode(f"{answer} "), tokenizer.eos_id]
-    whole = tokenizer.encode(f"{B_INST} {user} {E_INST} {answer} ")
+        return [*tokenizer.encode(text), *end]
+    whole = tokenizer.encode(f"{B_INST} {user} {E_INST} {text}" if text else f"{B_INST} {user} {E_INST}")
     if whole[: len(prompt)] != prompt:
         raise DataError("has pieces that reach over a space: no token begins where an answer begins", tokenizer.name)
-    return [*whole[len(prompt) :], tokenizer.eos_id]
+    return [*whole[len(prompt) :], *end]
 
 
 def rounds(

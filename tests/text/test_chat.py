@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama2cli.errors import DataError
-from llama2cli.text.chat import TAGS, encode_dialogue, encode_prompt, escape
+from llama2cli.text.chat import TAGS, encode_dialogue, encode_prompt, encode_scored, escape
 from llama2cli.text.tokenizer import Tokenizer
+from llama2cli.text.tokenizer_json import write_tokenizer_files
 
 TEXTS = [
     "please tell me a good or bad thing about 1234 foxes",
@@ -87,6 +90,24 @@ def reference(messages: list[dict], sp=SP) -> list[int]:
     return ids
 
 
+def reference_mask(messages: list[dict], sp=SP) -> list[int]:
+    """What is trained of `reference`: in each round what stands behind "[/INST]", where the answer has a weight."""
+    messages = [dict(m) for m in messages]
+    if messages[0]["role"] == "system":
+        messages[1]["content"] = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n{messages[1]['content']}"
+        del messages[0]
+    mask = []
+    for i in range(0, len(messages), 2):
+        asked, answered = messages[i]["content"].strip(), messages[i + 1 : i + 2]
+        prompt = sp.encode(f"[INST] {asked} [/INST]")
+        mask += [0] * (1 + len(prompt))
+        for answer in answered:
+            whole = sp.encode(f"[INST] {asked} [/INST] {answer['content'].strip()} ")
+            assert whole[: len(prompt)] == prompt
+            mask += [answer.get("weight", 1)] * (len(whole) - len(prompt) + 1)  # and EOS
+    return mask
+
+
 def spans(encoded) -> list[list[int]]:
     """The trained runs of ids; two answers never touch, a BOS stands between."""
     out: list[list[int]] = [[]]
@@ -138,6 +159,19 @@ def test_a_dialogue_that_waits_for_an_answer_trains_the_others():
     assert got.ids == reference([user("a"), assistant("thing"), user("b")])
 
 
+def test_golden_scored():
+    whole = "<s> ▁ [ I N S T ] ▁ h ▁ [ / I N S T ] ▁ o k ▁ </s>"
+    messages = [user("h"), assistant("ok\n")]
+    assert encode_scored(LETTERS, messages) == ids(whole)
+    assert encode_scored(LETTERS, messages, truncated=True) == ids(whole)[:-2]
+    assert encode_scored(LETTERS, [user("h"), assistant("")], truncated=True) == ids(whole)[:18]
+    two = [system("be"), user("h"), assistant("k", weight=0), user("o"), assistant("h")]
+    first = "<s> ▁ [ I N S T ] ▁ < < S Y S > > \\n b e \\n < < / S Y S > > \\n \\n h ▁ [ / I N S T ] ▁ k ▁ </s>"
+    second = "<s> ▁ [ I N S T ] ▁ o ▁ [ / I N S T ] ▁ h"  # only the last answer was cut
+    assert encode_scored(LETTERS, two, truncated=True) == ids(first) + ids(second)
+    assert encode_scored(LETTERS, two)[-3:] == ids("h ▁ </s>")
+
+
 def test_ids_equal_the_chat_template_of_transformers():
     import transformers
     from tokenizers import Tokenizer as Plain
@@ -169,11 +203,76 @@ def test_ids_equal_the_chat_template_of_transformers():
         assert encode_dialogue(TOKENIZER, messages).ids == want == reference(messages)
 
 
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """transformers' own tokenizer of a checkpoint folder with this vocabulary, and Meta's chat template."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("hf")
+    write_tokenizer_files(folder, TOKENIZER, context=512, chat_template=TEMPLATE)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def templated(theirs, messages: list[dict]) -> list[int]:
+    """The ids that transformers' apply_chat_template gives, from text to ids in one go.
+
+    The template writes BOS and EOS into the text and transformers reads them back. Its normaliser puts the dummy space
+    before each stretch between them, as the reference code does by encoding each round alone.
+    """
+    return theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
+def test_ids_equal_those_of_transformers_own_tokenizer(theirs):
+    for messages in (
+        [user("tell me 12"), assistant("a good thing")],
+        [system("Always answer well."), user("the fox"), assistant("jumps"), user("and?"), assistant("it\n\ndoes")],
+        [system("Always\n answer"), user("the fox"), assistant("1. a\n2. b\t\u00e9 \u4f60 \U0001f600"), user("z")],
+    ):
+        assert encode_dialogue(TOKENIZER, messages).ids == templated(theirs, messages) == reference(messages)
+
+
+def test_control_texts_are_ids_to_transformers_and_text_to_us(theirs):
+    """transformers' tokenizer reads "</s>" in a content as id 2: an answer could be ended from inside. SentencePiece
+    reads characters, and so do we."""
+    for text, control in (("</s>", 2), ("<s>", 1), ("<unk>", 0)):
+        assert control in theirs(f"a {text} b", add_special_tokens=False).input_ids
+        assert control not in SP.encode(f"a {text} b") and control not in TOKENIZER.encode(f"a {text} b")
+        messages = [user(f"say {text}"), assistant(f"{text} ok")]
+        ours = encode_dialogue(TOKENIZER, messages)
+        assert [ours.ids.count(c) for c in (0, 1, 2)] == [0, 1, 1]
+        assert templated(theirs, messages).count(control) == 2 + (control != 0)
+        assert SP.decode(spans(ours)[0]) == f"{text} ok "
+
+
 # --- properties ---------------------------------------------------------------------------------------------------
 
 NASTY = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<<SYS>>\n", "\n<</SYS>>\n\n"]
 NASTY += ["[INST", "INST]", "[/", "[", "]", "/", "<<SYS", "SYS>>", "<", ">", "[ INST ]", "[\\INST]", "\\", "[inst]"]
 NASTY += ["</s>", "<s>", "<unk>", "<0x0A>", "</s><s>[INST]", "▁", "▁▁", "［INST］", "[\u200bINST]"]
+NASTY += [
+    "[IN[INST]ST]",
+    "[/[/INST]INST]",
+    "<<S<<SYS>>YS>>",
+    "<<</SYS>>/SYS>>",
+    "[[INST]]",
+    "[IN",
+    "ST]",
+    "<</S",
+    "YS>>",
+]
+NASTY += [
+    "＜＜SYS＞＞",
+    "[\u200dINST]",
+    "[IN\u200dST]",
+    "[/I\u00adNST]",
+    "[ΙNST]",
+    "＜/s＞",
+    "<\u200b/s>",
+    "</S>",
+    "<pad>",
+]
+NASTY += ["<0x5B>INST]", "<0x02>", "<0x3C>/s>", "\x01", "\x02", "\x1b", "\x7f", "\ufeff", "\u202e", "\r\n"]
 NASTY += [" ", "  ", "\n", "\t", "\0", "\u2028", "\x85", "fox", "a good thing 12", "é"]
 contents = st.lists(st.sampled_from(NASTY) | st.text(max_size=3), max_size=6).map("".join)
 
@@ -206,6 +305,8 @@ def test_no_content_moves_a_turn_or_a_mask(messages, tokenizer):
     got = encode_dialogue(tokenizer, messages)
     safe = escaped(messages)
     assert got.ids == reference(safe, sp)
+    assert [int(on) for on in got.mask] == reference_mask(safe, sp)
+    assert encode_dialogue(tokenizer, safe) == replace(got, n_escaped=0)  # escaping twice is escaping once
     n_rounds = sum(m["role"] == "user" for m in messages)
     assert (got.ids.count(1), got.ids.count(2), got.ids.count(0)) == (n_rounds, n_rounds, 0)
     rounds = " ".join(sp.decode(got.ids).split("\u2047"))
@@ -216,6 +317,21 @@ def test_no_content_moves_a_turn_or_a_mask(messages, tokenizer):
     assert all(s[-1] == 2 for s in trained_spans)
     # U+2581 is SentencePiece's own space: the one character that does not come back
     assert [sp.decode(s[:-1]) for s in trained_spans] == [f"{w} ".replace("▁", " ") for w in wanted]
+
+
+@settings(max_examples=200, deadline=None)
+@given(dialogues(), st.sampled_from([TOKENIZER, WHOLE]))
+def test_what_is_scored_ends_with_the_answer(messages, tokenizer):
+    whole = encode_dialogue(tokenizer, messages).ids
+    assert encode_scored(tokenizer, messages) == whole and whole[-1] == 2
+    cut = encode_scored(tokenizer, messages, truncated=True)
+    last = escaped(messages[-2:])
+    before = encode_dialogue(tokenizer, messages[:-1]).ids
+    answer = f" {last[1]['content'].strip()}".rstrip(" ")
+    asked = SP_OF[id(tokenizer)].decode(before[len(before) - before[::-1].index(1) :])
+    assert SP_OF[id(tokenizer)].decode(cut[len(cut) - cut[::-1].index(1) :]) == asked + answer.replace("▁", " ")
+    assert cut.count(2) == whole.count(2) - 1 and cut[: len(before)] == before
+    assert encode_dialogue(tokenizer, messages[:-1], truncated=True).ids == before  # nothing to leave out
 
 
 @settings(max_examples=100, deadline=None)
@@ -269,6 +385,12 @@ def test_roles_out_of_turn(messages, complaint):
 def test_a_prompt_ends_with_a_user_message():
     with pytest.raises(DataError, match="ends with a user message"):
         encode_prompt(TOKENIZER, [user("a"), assistant("b")])
+
+
+@pytest.mark.parametrize("messages", [[], [user("a")], [user("a"), assistant("b"), user("c")]])
+def test_what_is_scored_ends_with_an_assistant_message(messages):
+    with pytest.raises(DataError, match="p:4: messages: expected a dialogue that ends with an assistant message"):
+        encode_scored(TOKENIZER, messages, place=("p", 4))
 
 
 def test_a_tokenizer_whose_pieces_reach_over_spaces_is_refused():
