@@ -23,7 +23,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -215,28 +215,39 @@ def _first_keys(segments_BT: Tensor) -> list[int]:
     return [int(part.min()) // 16 * 16 for part in first.split(_block_rows(T), dim=1)]
 
 
-def _probabilities(q: Tensor, k: Tensor, i: int, end: int, lo: int, segments: Tensor | None) -> Tensor:
-    """Softmax of the scores of query rows i..end on keys lo..end: [Z, rows, keys].
+def _probabilities(q: Tensor, k: Tensor, i: int, end: int, lo: int, part: _Part) -> Tensor:
+    """Softmax of the scores of query rows i..end on keys lo..end, for a part of the rows: [Z, rows, keys].
 
     q is scaled. Scores are masked by adding -inf: torch adds several times faster than it fills under a mask.
     """
+    q, k, segments, branches = q[part.z], k[part.z], part.segments, part.branches
     scores = torch.bmm(q[:, i:end], k[:, lo:end].mT)
     rows = end - i
     causal = torch.full((rows, rows), -math.inf, dtype=q.dtype).triu_(1)
     scores[:, :, i - lo :] += causal
     if segments is not None:
         other = segments[:, i:end, None] != segments[:, None, lo:end]
+        if branches is not None:
+            key = branches[:, None, lo:end]
+            other |= (key != branches[:, i:end, None]) & (key != 0)
         mask = torch.zeros(other.shape, dtype=q.dtype).masked_fill_(other, -math.inf)
         scores.view(len(segments), -1, rows, end - lo).add_(mask[:, None])
     return torch.softmax(scores, -1, out=scores)
 
 
 class _Attention(torch.autograd.Function):
-    """q, k, v: [Z, T, K] contiguous, q scaled. lows: first key of each block. segments: [B, T] or None."""
+    """q, k, v: [Z, T, K] contiguous, q scaled. lows: first key of each block. segments, branches: [B, T] or None."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, lows: list[int], training: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Tensor | None,
+        branches: Tensor | None,
+        lows: list[int],
+        training: bool,
     ) -> Tensor:
         Z, T, _ = q.shape
         o = torch.empty_like(q)
@@ -244,58 +255,60 @@ class _Attention(torch.autograd.Function):
         step = _block_rows(T)
         keep = training and Z * T * (T + step) // 2 * q.element_size() <= SAVE_BYTES
         kept: list[Tensor] = []
-        for part in _parts(q, segments, whole=keep):
+        for part in _parts(q, segments, branches, whole=keep):
             for i, lo in zip(range(0, T, step), lows):
                 end = min(T, i + step)
-                p = _probabilities(q[part.z], k[part.z], i, end, lo, part.segments)
+                p = _probabilities(q, k, i, end, lo, part)
                 torch.bmm(p, v[part.z, lo:end], out=o[part.z, i:end])
                 if keep:
                     kept.append(p)
         if training:
-            ctx.save_for_backward(q, k, v, o, segments, *kept)
+            ctx.save_for_backward(q, k, v, o, segments, branches, *kept)
             ctx.lows = lows
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, segments, *kept = ctx.saved_tensors
+        q, k, v, o, segments, branches, *kept = ctx.saved_tensors
         T = q.shape[1]
         step = _block_rows(T)
         do = do.contiguous()
         along = (do * o).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), _zeros_sum(k), _zeros_sum(v)
-        for part in _parts(q, segments, whole=bool(kept)):
+        for part in _parts(q, segments, branches, whole=bool(kept)):
             z = part.z
             for j, (i, lo) in enumerate(zip(range(0, T, step), ctx.lows)):
                 end = min(T, i + step)
-                p = kept[j] if kept else _probabilities(q[z], k[z], i, end, lo, part.segments)
+                p = kept[j] if kept else _probabilities(q, k, i, end, lo, part)
                 _add_product(dv[z, lo:end], p.mT, do[z, i:end])
                 ds = torch.bmm(do[z, i:end], v[z, lo:end].mT)
                 ds.sub_(along[z, i:end]).mul_(p)
                 torch.bmm(ds, k[z, lo:end], out=dq[z, i:end])
                 _add_product(dk[z, lo:end], ds.mT, q[z, i:end])
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
-class _Part:
-    """Some of the rows: their slice of Z, and their segments."""
+class _Part(NamedTuple):
+    """Some of the rows: their slice of Z, their segments and their branches."""
 
-    def __init__(self, z: slice, segments: Tensor | None) -> None:
-        self.z, self.segments = z, segments
+    z: slice
+    segments: Tensor | None
+    branches: Tensor | None
 
 
-def _parts(q: Tensor, segments: Tensor | None, *, whole: bool) -> list[_Part]:
+def _parts(q: Tensor, segments: Tensor | None, branches: Tensor | None, *, whole: bool) -> list[_Part]:
     """All of Z, or slices of it whose block of scores is small; with segments a slice holds whole rows."""
     Z, T, _ = q.shape
     if whole:
-        return [_Part(slice(0, Z), segments)]
+        return [_Part(slice(0, Z), segments, branches)]
     heads = 1 if segments is None else Z // len(segments)
     step = heads * max(1, BLOCK_BYTES // (heads * min(_block_rows(T), T) * T * q.element_size()))
-    return [
-        _Part(slice(z, z + step), None if segments is None else segments[z // heads : (z + step) // heads])
-        for z in range(0, Z, step)
-    ]
+    parts = []
+    for z in range(0, Z, step):
+        rows = slice(z // heads, (z + step) // heads)
+        parts.append(_Part(slice(z, z + step), *(None if x is None else x[rows] for x in (segments, branches))))
+    return parts
 
 
 def _zeros_sum(x: Tensor) -> Tensor:
@@ -310,7 +323,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.bmm(a, b)
 
 
-def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tensor | None) -> Tensor:
+def attention(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tensor | None, branches_BT: Tensor | None = None
+) -> Tensor:
     """As ops.attention: by blocks of query rows; for short rows the probabilities are kept for the backward pass."""
     if q_BTHK.dtype == torch.float32 and q_BTHK.shape[1] > LONG and segments_BT is None:
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
@@ -321,5 +336,5 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tenso
     k, v = _heads_first(k_BTGK, repeat), _heads_first(v_BTGK, repeat)
     lows = [0] * math.ceil(T / _block_rows(T)) if segments_BT is None else _first_keys(segments_BT)
     with torch.autocast("cpu", enabled=False):
-        o = _Attention.apply(q, k, v, segments_BT, lows, torch.is_grad_enabled())
+        o = _Attention.apply(q, k, v, segments_BT, branches_BT, lows, torch.is_grad_enabled())
     return o.view(B, H, T, K).transpose(1, 2)

@@ -6,8 +6,10 @@ F feed-forward width, V vocabulary, L layers.
 The projections that read the same input are one matrix: `qkv` [(H + 2G) K, D] and `gate_up` [2F, D]. Halves of a head
 are the two coordinates that the rotary embedding turns (the layout of Hugging Face folders).
 
-Choice that the paper leaves open: the initial weights are normal(0, 0.02), those of the two projections that write into
-the residual stream (`out`, `down`) divided by sqrt(2 L), as GPT-2's; norms are 1.
+Choices that the paper leaves open:
+1. The initial weights are normal(0, 0.02), those of the two projections that write into the residual stream (`out`,
+   `down`) divided by sqrt(2 L), as GPT-2's; norms are 1.
+2. The head of a reward model is one row without a bias; it starts as normal(0, 1/sqrt(D + 1)).
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Block(nn.Module):
         positions_BT: Tensor | None,
         segments_BT: Tensor | None,
         cache: LayerCache | None = None,
+        branches_BT: Tensor | None = None,
     ) -> Tensor:
         """The residual stream after this layer, [B, T, D]."""
         H, G, K = self.heads
@@ -57,7 +60,7 @@ class Block(nn.Module):
         q, k, v = qkv.view(B, T, H + 2 * G, K).split([H, G, G], dim=2)
         q, k = ops.rope(q, k, *table, positions_BT)
         if cache is None:
-            o = ops.attention(q, k, v, segments_BT=segments_BT)
+            o = ops.attention(q, k, v, segments_BT=segments_BT, branches_BT=branches_BT)
         else:
             o = cache.attend(q, k, v)
         x_BTD = x_BTD + ops.linear(o.reshape(B, T, H * K), self.out)
@@ -66,20 +69,22 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model. Parameters are not initialised: call `init_weights`, or load a checkpoint.
+    """The language model, or a reward model. Parameters are not initialised: call `init_weights`, or load a checkpoint.
 
+    scorer: instead of the output table there is one row, `score` [1, D], without a bias (Llama 2, section 3.2.2).
     checkpoint_layers: keep only the residual stream between layers and recompute the rest in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, scorer: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.scorer = config, scorer
         self.checkpoint_layers = False
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        tied = config.tie_word_embeddings
-        self.head = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        own_head = not config.tie_word_embeddings and not scorer
+        self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)) if own_head else None
+        self.score = nn.Parameter(torch.empty(1, config.hidden_size)) if scorer else None
         self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def forward(
@@ -88,18 +93,24 @@ class Llama(nn.Module):
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        branches_BT: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm.
 
         ids_BT: token ids. positions_BT: default 0..T-1 (with a cache: from the row's length on). segments_BT: a query
         sees the keys of its own segment at or before it; packed texts are segments, padding is one of its own.
+        branches_BT: of these keys it sees those of branch 0, the trunk, and of its own branch: several answers to one
+        prompt, whose positions go on from the prompt's end, so `positions_BT` must be given.
         cache: the T tokens are appended to each row of it; a query sees the row's earlier tokens and its own. Raises
-        ValueError for more positions than `max_position_embeddings`, and for a cache together with segments.
+        ValueError for more positions than `max_position_embeddings` (a packed row whose positions are given may be
+        longer), for a cache together with segments, and for branches without segments or positions.
         """
         T = ids_BT.shape[1]
         end = T + (cache.longest if cache is not None else 0)
-        if end > self.config.max_position_embeddings:
+        if end > self.config.max_position_embeddings and (positions_BT is None or cache is not None):
             raise ValueError(f"{end} positions, the context of the model is {self.config.max_position_embeddings}")
+        if branches_BT is not None and (segments_BT is None or positions_BT is None):
+            raise ValueError("branches want segments and positions")
         layers: Sequence[LayerCache | None] = [None] * len(self.layers)
         if cache is not None:
             if segments_BT is not None:
@@ -111,20 +122,28 @@ class Llama(nn.Module):
         x = F.embedding(ids_BT, self.embed)
         for layer, layer_cache in zip(self.layers, layers):
             if self.checkpoint_layers and cache is None and torch.is_grad_enabled():
-                x = checkpoint(layer, x, table, positions_BT, segments_BT, use_reentrant=False)
+                x = checkpoint(layer, x, table, positions_BT, segments_BT, None, branches_BT, use_reentrant=False)
             else:
-                x = layer(x, table, positions_BT, segments_BT, layer_cache)
+                x = layer(x, table, positions_BT, segments_BT, layer_cache, branches_BT)
         if cache is not None:
             cache.advance(T)
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def head_weight(self) -> Tensor:
-        """The output table [V, D]; the embedding where the two are tied."""
+        """The output table [V, D]; the embedding where the two are tied. Raises ValueError for a reward model."""
+        if self.scorer:
+            raise ValueError("a reward model has no output table")
         return self.embed if self.head is None else self.head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         return ops.linear(hidden, self.head_weight())
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The scalar of hidden states [..., D]: [...] in fp32, under autocast too. Raises ValueError without `score`."""
+        if self.score is None:
+            raise ValueError("a language model has no score")
+        return (hidden.float() * self.score[0].float()).sum(-1)
 
     def rope_table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines [max_position_embeddings, K/2] in fp32 on a device; not part of the state."""
@@ -141,6 +160,19 @@ class Llama(nn.Module):
         for name, param in self.named_parameters():
             fill(param, initial_value(name, tuple(param.shape), self.config, seed, std))
 
+    @torch.no_grad()
+    def init_score(self, seed: int = 0, std: float | None = None) -> None:
+        """Fill `score` alone, normal(0, std), from a seed; std: by default 1/sqrt(D + 1).
+
+        The default is that of Stiennon et al. 2020, "Learning to summarize from human feedback". The values are those
+        that `init_weights` gives. Raises ValueError without a scorer.
+        """
+        if self.score is None:
+            raise ValueError("a language model has no score")
+        shape = tuple(self.score.shape)
+        value = initial_value("score", shape, self.config, seed) if std is None else drawn("score", shape, seed, std)
+        fill(self.score, value)
+
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, std: float = INIT_STD) -> Tensor:
     """Initial value of a parameter, fp32 on the CPU; it depends on seed and name, not on the order of drawing."""
@@ -148,6 +180,13 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         return torch.ones(shape)
     if name.endswith((".out", ".down")):
         std = std / math.sqrt(2 * config.num_hidden_layers)
+    if name == "score":
+        std = 1 / math.sqrt(config.hidden_size + 1)
+    return drawn(name, shape, seed, std)
+
+
+def drawn(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+    """Normal(0, std), fp32 on the CPU, from a generator of the parameter's own."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -52,7 +52,9 @@ def plain_rope(
     return rotate(q_BTHK), rotate(k_BTGK)
 
 
-def plain_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tensor | None) -> Tensor:
+def plain_attention(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT: Tensor | None, branches_BT: Tensor | None = None
+) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     repeat = q.shape[1] // k.shape[1]
     if segments_BT is None:
@@ -61,10 +63,13 @@ def plain_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, segments_BT:
     # GPU takes the kernel that never holds the B H T T scores.
     T = q.shape[2]
     seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    seen = (seen & (segments_BT[:, :, None] == segments_BT[:, None, :]))[:, None]
+    seen = seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    if branches_BT is not None:
+        key = branches_BT[:, None, :]
+        seen = seen & ((key == 0) | (key == branches_BT[:, :, None]))
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
 
 
 # --- operations ---------------------------------------------------------------------------------------------------
@@ -110,14 +115,25 @@ def rope(
     return plain_rope(q_BTHK, k_BTGK, cos, sin, positions_BT)
 
 
-def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, *, segments_BT: Tensor | None = None) -> Tensor:
+def attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    *,
+    segments_BT: Tensor | None = None,
+    branches_BT: Tensor | None = None,
+) -> Tensor:
     """Causal attention, H/G query heads to a key head, scaled by 1/sqrt(K): [B, T, H, K].
 
     segments_BT: int ids; a query sees the keys of its own segment at or before it (packed texts; padding is a segment).
+    branches_BT: int, with segments only; of these keys it sees those of branch 0, the trunk, and of its own branch
+    (several answers to one prompt, which is computed once). Raises ValueError for branches without segments.
     """
+    if branches_BT is not None and segments_BT is None:
+        raise ValueError("branches are parts of segments: give both")
     if _fast("attention", q_BTHK) and q_BTHK.shape[1] > 1:
-        return cpu.attention(q_BTHK, k_BTGK, v_BTGK, segments_BT)
-    return plain_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+        return cpu.attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, branches_BT)
+    return plain_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, branches_BT)
 
 
 def linear_cross_entropy(
