@@ -36,14 +36,18 @@ class Sampling(NamedTuple):
     top_p: float
 
 
-def load_engine(path: str, *, device: str = "auto", dtype: str = "auto", rows: int = 64) -> tuple[Engine, Tokenizer]:
-    """The engine and tokenizer of an HF, step or run folder. Raises DataError; Misuse for a device that is absent."""
+def settle_compute(device: str, dtype: str) -> tuple[str, str]:
+    """The device and type that "auto" stands for here. Raises Misuse for a device that is absent."""
     if device == "cuda" and not torch.cuda.is_available():
         raise Misuse("there is no CUDA device here", "--device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bf16" if device == "cuda" else "fp32"
+    return device, ("bf16" if device == "cuda" else "fp32") if dtype == "auto" else dtype
+
+
+def load_engine(path: str, *, device: str = "auto", dtype: str = "auto", rows: int = 64) -> tuple[Engine, Tokenizer]:
+    """The engine and tokenizer of an HF, step or run folder. Raises DataError; Misuse for a device that is absent."""
+    device, dtype = settle_compute(device, dtype)
     choose()
     folder = resolve_model(path)
     tokenizer = Tokenizer.load(folder)

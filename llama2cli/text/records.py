@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from hashlib import sha256
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -76,6 +77,13 @@ class Prompt(Dialogue):
     unsafe: bool | UnsetType = UNSET
     category: str | UnsetType = UNSET
     attack: str | UnsetType = UNSET
+
+
+class Answered(Dialogue):
+    """What `score` takes: a dialogue that ends with an assistant's message; truncated: which was cut."""
+
+    unsafe: bool | UnsetType = UNSET
+    truncated: bool | UnsetType = UNSET
 
 
 class Sample(Struct):
@@ -315,12 +323,22 @@ def drop_reason(comparison: Record) -> str | None:
     return None
 
 
+def prompt_id(messages: Iterable[Mapping[str, Any]]) -> str:
+    """The name of a prompt: 16 hexadecimal digits that depend on its roles and stripped contents, and nothing else.
+
+    Data are split by it, so that no prompt is both trained on and held out; the `id` of a Sample is that of its prompt.
+    """
+    turns = [(m["role"], m["content"].strip()) for m in messages]
+    return sha256(json.dumps(turns).encode()).hexdigest()[:16]
+
+
 KINDS: dict[str, tuple[type[Struct], Callable[[Record], Record]]] = {
     "document": (Document, _any),
     "dialogue": (Dialogue, _dialogue),
     "prompt": (Prompt, _prompt),
     "request": (Request, _request),
     "ids": (Ids, _any),
+    "answered": (Answered, _answered),
     "sample": (Sample, _answered),
     "pair": (Pair, _pair),
     "comparison": (Comparison, _comparison),

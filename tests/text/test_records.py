@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import string
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama2cli import console
 from llama2cli.errors import DataError
-from llama2cli.text.records import KINDS, drop_reason, validate
+from llama2cli.text.records import KINDS, drop_reason, prompt_id, validate
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello"}
@@ -35,6 +36,8 @@ GOOD = [
     ("request", {"text": "Once upon"}),
     ("ids", {"ids": []}),
     ("ids", {"ids": [0, 1, 31999], "id": "x"}),
+    ("answered", {"messages": [USER, ANSWER]}),
+    ("answered", {"messages": [USER, ANSWER], "id": "a", "unsafe": True, "truncated": False}),
     ("sample", SAMPLE),
     ("sample", {**SAMPLE, "help": 0.5, "safe": 1.0, "reward": -3.25, "round": 2}),
     ("pair", PAIR),
@@ -103,6 +106,9 @@ BAD = [
     ("request", {"prompt": "Hello"}, 'expected a prompt, {"messages": [...]}, or a document, {"text": ...}'),
     ("request", {"mesages": [USER]}, 'did you mean "messages"?'),
     ("request", {"messages": [{"role": "usr", "content": "a"}]}, 'messages[0].role: expected one of'),
+    ("answered", {"messages": [USER]}, "messages[0].role: expected the last message to be the assistant's"),
+    ("answered", {"messages": [USER, ANSWER], "unsafe": 1}, "unsafe: expected true or false, got 1"),
+    ("answered", {"messages": [USER, ANSWER], "truncated": "no"}, 'truncated: expected true or false, got "no"'),
     ("sample", {**SAMPLE, "messages": [USER]}, "messages[0].role: expected the last message to be the assistant's"),
     ("sample", {**SAMPLE, "temperature": -1}, "temperature: expected a number of at least 0, got -1"),
     ("sample", {**SAMPLE, "help": 1.5}, "help: expected a number of at most 1, got 1.5"),
@@ -202,6 +208,36 @@ class TestComparisons:
         for safety in ("chosen_safe", "both_safe", "both_unsafe"):
             assert drop_reason({**record, "safety": safety}) is None
         assert "unsafe" in (drop_reason(validate("comparison", {**record, "safety": "rejected_safe"})) or "")
+
+
+spaces = st.text(st.sampled_from(" \t\n\r\u3000"), max_size=3)
+turns = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text(max_size=4)), max_size=3)
+
+
+class TestPromptId:
+    @given(turns, st.data())
+    def test_space_around_contents_and_other_fields_change_nothing(self, pairs, data):
+        plain = [{"role": role, "content": text} for role, text in pairs]
+        other = [
+            {"content": data.draw(spaces) + t + data.draw(spaces), "role": r, "weight": 0, "x": 1} for r, t in pairs
+        ]
+        assert prompt_id(plain) == prompt_id(other)
+        assert len(prompt_id(plain)) == 16 and set(prompt_id(plain)) <= set(string.hexdigits.lower())
+
+    @given(turns, turns)
+    def test_other_roles_contents_and_divisions_give_another_id(self, a, b):
+        same = [(r, t.strip()) for r, t in a] == [(r, t.strip()) for r, t in b]
+        ids = [prompt_id([{"role": role, "content": text} for role, text in pairs]) for pairs in (a, b)]
+        assert (ids[0] == ids[1]) == same
+
+    def test_what_may_be_confused(self):
+        one = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+        joined = [{"role": "user", "content": 'a"], ["user", "b'}]
+        assert len({prompt_id(m) for m in ([SYSTEM, USER], [USER], [ANSWER], one, joined, one[::-1], [])}) == 7
+
+    def test_it_is_the_same_for_ever(self):
+        """Splits of data that were made years ago are made again. printf '[["user", "caf\\u00e9"]]' | sha256sum"""
+        assert prompt_id([{"role": "user", "content": " caf\u00e9\n"}]) == "7253c21c4978a97a"
 
 
 class TestMisspelt:
