@@ -1,5 +1,8 @@
 """Hugging Face Llama folders: `config.json`, `model.safetensors` or shards with an index, tokenizer files.
 
+A language model is a LlamaForCausalLM, a reward model (`scorer`) a LlamaForSequenceClassification with one label, whose
+score transformers reads at the last token that is not padding.
+
 Both directions stream: one matrix of the model at a time is held beside the model. Files are memory-mapped, their
 headers checked (`text.tensorfile`), names and shapes compared with the model's own list before anything is allocated,
 and values that are not finite refused.
@@ -11,7 +14,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -19,8 +22,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llama2cli import console
 from llama2cli.errors import DataError, did_you_mean
-from llama2cli.nn.config import BOS, EOS, LM, MAX_SHARD_BYTES, ModelConfig, config_to_json, read_config, read_json
+from llama2cli.nn.config import (
+    BOS,
+    EOS,
+    LM,
+    MAX_SHARD_BYTES,
+    PAD,
+    SCORER,
+    ModelConfig,
+    config_to_json,
+    read_config,
+    read_json,
+    shown,
+)
 from llama2cli.nn.model import Llama, fill
 from llama2cli.text import tensorfile
 from llama2cli.text.tokenizer import Tokenizer
@@ -28,7 +44,7 @@ from llama2cli.text.tokenizer_json import write_tokenizer_files
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBED, HEAD, SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -41,8 +57,11 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
-def parts(config: ModelConfig) -> list[Part]:
-    """All tensors of a Hugging Face folder, in our order; consecutive ones make a fused parameter."""
+def parts(config: ModelConfig, scorer: bool = False) -> list[Part]:
+    """All tensors of a Hugging Face folder, in our order; consecutive ones make a fused parameter.
+
+    scorer: of a reward model, which has no output table, tied or not.
+    """
     D, width, V = config.hidden_size, config.intermediate_size, config.vocab_size
     kv = config.num_key_value_heads * config.head_dim
     out = [Part(EMBED, "embed", 0, (V, D))]
@@ -60,20 +79,22 @@ def parts(config: ModelConfig) -> list[Part]:
             Part(theirs + "mlp.down_proj.weight", ours + "down", 0, (D, width)),
         ]
     out.append(Part("model.norm.weight", "norm", 0, (D,)))
-    if not config.tie_word_embeddings:
+    if scorer:
+        out.append(Part(SCORE, "score", 0, (1, D)))
+    elif not config.tie_word_embeddings:
         out.append(Part(HEAD, "head", 0, (V, D)))
     return out
 
 
-def state_to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def state_to_hf(state: Mapping[str, Tensor], config: ModelConfig, scorer: bool = False) -> dict[str, Tensor]:
     """Our parameters under Hugging Face's names: views of the given tensors."""
-    return {p.name: state[p.ours][p.start : p.start + p.shape[0]] for p in parts(config)}
+    return {p.name: state[p.ours][p.start : p.start + p.shape[0]] for p in parts(config, scorer)}
 
 
-def state_from_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def state_from_hf(state: Mapping[str, Tensor], config: ModelConfig, scorer: bool = False) -> dict[str, Tensor]:
     """Hugging Face's tensors as our parameters; fused ones are new tensors."""
     joined: dict[str, list[Tensor]] = {}
-    for p in parts(config):
+    for p in parts(config, scorer):
         joined.setdefault(p.ours, []).append(state[p.name])
     return {ours: t[0] if len(t) == 1 else torch.cat(t) for ours, t in joined.items()}
 
@@ -82,35 +103,83 @@ def state_from_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
 
 
 def load_config(folder: str | Path, architecture: str | None = LM) -> ModelConfig:
-    """The configuration of a folder. Raises DataError for what is not Llama 2, or not the wanted architecture."""
+    """The configuration of a folder: of a language model (LM), a reward model (SCORER), or either (None).
+
+    Raises DataError for what is not Llama 2, or not the wanted architecture.
+    """
     return read_config(Path(folder, "config.json"), architecture)
 
 
-def load_model(folder: str | Path, *, dtype: str | torch.dtype = "fp32", device: str | torch.device = "cpu") -> Llama:
-    """A language model from a Hugging Face folder, its weights rounded to `dtype` on `device`.
+def is_scorer(folder: str | Path) -> bool:
+    """Whether a folder says that it holds a reward model. Raises DataError for a config.json that is not Llama 2's."""
+    load_config(folder, None)
+    named = read_json(Path(folder, "config.json")).get("architectures") or [LM]
+    return named[0].replace("LLaMA", "Llama") == SCORER
 
-    Raises DataError naming file, tensor or key for whatever is not a whole Llama 2 checkpoint.
+
+def score_offset(folder: str | Path) -> float:
+    """What is to be added to the raw scores of a reward model, 0.0 where its config.json has no `score_offset`.
+
+    The ranking loss leaves the origin of the scores open; a calibrated one is kept here, outside of the weights, so
+    that transformers gives the raw score. Raises DataError where it is not a finite number.
     """
-    config = load_config(folder)
+    place = Path(folder, "config.json")
+    value = read_json(place).get("score_offset", 0.0)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise DataError(f"expected a finite number, got {shown(value)}", place, "score_offset")
+    return float(value)
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype = "fp32",
+    device: str | torch.device = "cpu",
+    scorer: bool = False,
+) -> Llama:
+    """A model from a Hugging Face folder, its weights rounded to `dtype` on `device`.
+
+    scorer: a reward model is wanted, else a language model. Raises DataError naming file, tensor or key for whatever is
+    not a whole Llama 2 checkpoint of that kind.
+    """
+    config = load_config(folder, SCORER if scorer else LM)
     with torch.device("meta"):
-        model = Llama(config)
-    files = find_tensors(Path(folder), config)
+        model = Llama(config, scorer=scorer)
+    files = find_tensors(Path(folder), config, scorer)
+    if scorer:
+        check_padding(folder)
     model.to(DTYPES[dtype] if isinstance(dtype, str) else dtype).to_empty(device=device)
-    read_into(model, files, config)
+    read_into(model, files, config, scorer)
     return model
 
 
-def load_into(model: Llama, folder: str | Path) -> None:
+def load_into(model: Llama, folder: str | Path) -> bool:
     """Load the weights of a folder into a model of the same shape; a sharded one (FSDP2) takes each rank's part.
 
-    The folder may differ in `max_position_embeddings` only. Raises DataError.
+    The folder may differ in `max_position_embeddings`, for a reward model also in `tie_word_embeddings`. A reward model
+    takes a language model's folder too, without its head: `score` is left as it is. Returns whether all parameters were
+    filled. Raises DataError.
     """
-    config = load_config(folder)
+    scorer = model.scorer and is_scorer(folder)
+    config = load_config(folder, SCORER if scorer else LM)
+    free = {"max_position_embeddings"} | ({"tie_word_embeddings"} if model.scorer else set())
     for key, ours in dataclasses.asdict(model.config).items():
         theirs = getattr(config, key)
-        if ours != theirs and key != "max_position_embeddings":
+        if ours != theirs and key not in free:
             raise DataError(f"is {theirs}, the model being loaded has {ours}", Path(folder, "config.json"), key)
-    read_into(model, find_tensors(Path(folder), config), config)
+    files = find_tensors(Path(folder), config, scorer)
+    if scorer:
+        check_padding(folder)
+    read_into(model, files, config, scorer)
+    return scorer or not model.scorer
+
+
+def check_padding(folder: str | Path) -> None:
+    """Warn of a reward model whose padding is EOS: there transformers reads the score one token before EOS."""
+    place = Path(folder, "config.json")
+    if read_json(place).get("pad_token_id") == EOS:
+        told = "transformers would read its scores at the token before EOS; here they are read at EOS"
+        console.warn(f"{place}: pad_token_id is {EOS}, which is EOS: {told}")
 
 
 def tensor_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -142,14 +211,15 @@ def tensor_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def find_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
+def find_tensors(folder: Path, config: ModelConfig, scorer: bool = False) -> dict[str, Path]:
     """The file that holds each tensor of the model, by name; shapes and types are checked, no value is read.
 
     Raises DataError for a missing or unexpected tensor, a wrong shape or type, a file that disagrees with the index.
     """
-    wanted = {p.name: p.shape for p in parts(config)}
-    if config.tie_word_embeddings:
-        wanted[HEAD] = wanted[EMBED]
+    wanted = {p.name: p.shape for p in parts(config, scorer)}
+    optional = {HEAD} if config.tie_word_embeddings and not scorer else set()
+    wanted |= dict.fromkeys(optional, wanted[EMBED])
+    kind = "a Llama 2 reward model" if scorer else "Llama 2"
     found: dict[str, Path] = {}
     for path, listed in tensor_files(folder).items():
         header = tensorfile.read_header(path)
@@ -160,14 +230,16 @@ def find_tensors(folder: Path, config: ModelConfig) -> dict[str, Path]:
             if name.endswith("rotary_emb.inv_freq"):  # a constant that old versions of transformers saved
                 continue
             if name not in wanted:
-                raise DataError(f"{name!r} is not a tensor of Llama 2{did_you_mean(name, wanted)}", path)
+                raise DataError(f"{name!r} is not a tensor of {kind}{did_you_mean(name, wanted)}", path)
+            if name == SCORE and len(info.shape) == 2 and info.shape[0] != 1:
+                raise DataError(f"a reward model has one label, this classifier {info.shape[0]}", path, name)
             if tuple(info.shape) != wanted[name]:
                 by = f"expected shape {list(wanted[name])} by config.json"
                 raise DataError(f"{by}, got {list(info.shape)}", path, name)
             if info.dtype not in STORED:
                 raise DataError(f"expected fp32, fp16 or bf16 (F32, F16, BF16), got {info.dtype}", path, name)
             found[name] = path
-    missing = [name for name in wanted if name not in found and not (name == HEAD and config.tie_word_embeddings)]
+    missing = [name for name in wanted if name not in found and name not in optional]
     if missing:
         more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
         hint = "; config.json does not say tie_word_embeddings" if missing == [HEAD] else ""
@@ -197,12 +269,16 @@ def check_finite(tensor: Tensor, *place: object) -> Tensor:
     return tensor
 
 
-def read_into(model: Llama, files: Mapping[str, Path], config: ModelConfig) -> None:
-    """Fill a model's parameters, one at a time."""
+def read_into(model: Llama, files: Mapping[str, Path], config: ModelConfig, scorer: bool = False) -> None:
+    """Fill a model's parameters, one at a time; what the folder has and the model has not is left unread.
+
+    scorer: the folder is a reward model's.
+    """
     tensors = map_tensors(files)
     check_tied(tensors, files, config)
     params = dict(model.named_parameters())
-    for ours, group in groupby(parts(config), key=lambda part: part.ours):
+    wanted = [part for part in parts(config, scorer) if part.ours in params]
+    for ours, group in groupby(wanted, key=lambda part: part.ours):
         held = [check_finite(tensors[part.name], files[part.name], part.name) for part in group]
         fill(params[ours], held[0] if len(held) == 1 else torch.cat(held))
 
@@ -235,7 +311,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer, place: object) ->
 GENERATION = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
-    "pad_token_id": 0,
+    "pad_token_id": PAD,
     "do_sample": True,
     "temperature": 0.6,
     "top_p": 0.9,
@@ -251,12 +327,16 @@ def save_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_files: Mapping[str, bytes] | None = None,
     writes: bool = True,
+    score_offset: float = 0.0,
 ) -> None:
     """Write a model as a Hugging Face folder into `folder`, which exists; the same model gives the same bytes.
 
+    score_offset: of a reward model, see the function of this name.
     A sharded model (FSDP2) is gathered parameter by parameter: every rank calls this, only one has `writes`. Extra
     files (name and content) replace ours of the same name. The caller publishes the folder (`folders.publish_folder`).
     """
+    if not math.isfinite(score_offset) or (score_offset and not model.scorer):
+        raise ValueError(f"a score_offset of {score_offset}")
     params = dict(model.named_parameters())
     held: dict[str, Tensor] = {}
 
@@ -267,9 +347,19 @@ def save_model(
         return held[part.ours][part.start : part.start + part.shape[0]]
 
     if writes:
-        write_folder(folder, model.config, tensor_of, tokenizer, save_dtype, max_shard_bytes, extra_files)
+        write_folder(
+            folder,
+            model.config,
+            tensor_of,
+            tokenizer,
+            save_dtype,
+            max_shard_bytes,
+            extra_files,
+            scorer=model.scorer,
+            score_offset=score_offset,
+        )
     else:
-        for part in parts(model.config):
+        for part in parts(model.config, model.scorer):
             tensor_of(part)
 
 
@@ -281,33 +371,28 @@ def write_folder(
     save_dtype: str = "fp32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_files: Mapping[str, bytes] | None = None,
+    *,
+    scorer: bool = False,
+    score_offset: float = 0.0,
 ) -> None:
     """Write a Hugging Face folder whose tensors are asked for one after another, in the order of `parts`.
 
     Raises DataError where it cannot be written.
     """
+    folder = Path(folder)
+    dtype = str(DTYPES[save_dtype]).removeprefix("torch.")
+    kind = SCORER if scorer else LM
+    files = {"config.json": to_json(config_to_json(config, kind, dtype, score_offset=score_offset))}
+    if not scorer:
+        files["generation_config.json"] = to_json(GENERATION)
     try:
-        _write_folder(Path(folder), config, tensor_of, tokenizer, save_dtype, max_shard_bytes, extra_files or {})
+        for name, data in (files | dict(extra_files or {})).items():
+            Path(folder, name).write_bytes(data)
+        if tokenizer is not None:
+            write_tokenizer_files(folder, tokenizer, context=config.max_position_embeddings)
+        write_weights(folder, parts(config, scorer), tensor_of, save_dtype, max_shard_bytes)
     except OSError as e:
         raise DataError(f"cannot be written ({e.strerror})", folder) from None
-
-
-def _write_folder(
-    folder: Path,
-    config: ModelConfig,
-    tensor_of: Callable[[Part], Tensor],
-    tokenizer: Tokenizer | None,
-    save_dtype: str,
-    max_shard_bytes: int,
-    extra_files: Mapping[str, bytes],
-) -> None:
-    dtype = str(DTYPES[save_dtype]).removeprefix("torch.")
-    files = {"config.json": to_json(config_to_json(config, LM, dtype)), "generation_config.json": to_json(GENERATION)}
-    for name, data in (files | dict(extra_files)).items():
-        Path(folder, name).write_bytes(data)
-    if tokenizer is not None:
-        write_tokenizer_files(folder, tokenizer, context=config.max_position_embeddings)
-    write_weights(folder, config, tensor_of, save_dtype, max_shard_bytes)
 
 
 def to_json(value: object) -> bytes:
@@ -315,11 +400,11 @@ def to_json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def plan_shards(config: ModelConfig, itemsize: int, max_shard_bytes: int) -> list[list[Part]]:
+def plan_shards(tensors: Iterable[Part], itemsize: int, max_shard_bytes: int) -> list[list[Part]]:
     """The tensors of each file: consecutive ones, as many as fit; at least one."""
     shards: list[list[Part]] = [[]]
     size = 0
-    for part in parts(config):
+    for part in tensors:
         bytes_ = math.prod(part.shape) * itemsize
         if shards[-1] and size + bytes_ > max_shard_bytes:
             shards.append([])
@@ -330,12 +415,12 @@ def plan_shards(config: ModelConfig, itemsize: int, max_shard_bytes: int) -> lis
 
 
 def write_weights(
-    folder: Path, config: ModelConfig, tensor_of: Callable[[Part], Tensor], save_dtype: str, max_shard_bytes: int
+    folder: Path, tensors: list[Part], tensor_of: Callable[[Part], Tensor], save_dtype: str, max_shard_bytes: int
 ) -> None:
     """Write the tensors to one safetensors file, or to shards with an index."""
     dtype = DTYPES[save_dtype]
     stored = next(k for k, v in STORED.items() if v == dtype)
-    shards = plan_shards(config, dtype.itemsize, max_shard_bytes)
+    shards = plan_shards(tensors, dtype.itemsize, max_shard_bytes)
     many = len(shards) > 1
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if many else SINGLE for i in range(len(shards))]
     for file, shard in zip(files, shards):
@@ -345,7 +430,7 @@ def write_weights(
                 f.write(raw_bytes(tensor_of(part), dtype, part.shape, part.name))
     if many:
         weight_map = {part.name: file for file, shard in zip(files, shards) for part in shard}
-        total = sum(math.prod(part.shape) for part in parts(config)) * dtype.itemsize
+        total = sum(math.prod(part.shape) for part in tensors) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         Path(folder, INDEX).write_bytes(to_json(index))
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from llama2cli.errors import DataError, Misuse, did_you_mean
 
 BOS, EOS = 1, 2
+PAD = 0  # of transformers' batches: <unk>, which no text has a use for; Llama 2's tokenizer has no padding
 CONTEXT = 4096  # Llama 2's (Table 1)
 MAX_SHARD_BYTES = 5_000_000_000  # of one safetensors file; a larger model is saved in several
 LM, SCORER = "LlamaForCausalLM", "LlamaForSequenceClassification"
@@ -93,12 +94,13 @@ def preset(name: str, *, vocab_size: int | None = None, context: int | None = No
     )
 
 
-def n_params(config: ModelConfig) -> int:
-    """Number of parameters; a tied table counts once."""
+def n_params(config: ModelConfig, *, scorer: bool = False) -> int:
+    """Number of parameters; a tied table counts once. scorer: of the reward model of this shape."""
     dim, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     layer = 2 * dim * dim + 2 * dim * kv + 3 * dim * config.intermediate_size + 2 * dim
-    tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.vocab_size * dim + config.num_hidden_layers * layer + dim
+    table = config.vocab_size * dim
+    head = dim if scorer else 0 if config.tie_word_embeddings else table
+    return table + config.num_hidden_layers * layer + dim + head
 
 
 def learning_rate(config: ModelConfig) -> float:
@@ -239,6 +241,8 @@ def refuse_foreign(data: Mapping[str, Any], place: str, architecture: str | None
         hint = ": this is a reward model or classifier, a language model is wanted" if named[0] == SCORER else ""
         hint = ": this is a language model, a reward model is wanted" if known == [SCORER] and named[0] == LM else hint
         raise DataError(f"expected {' or '.join(known)}, got {shown(named[0])}{hint}", place, "architectures")
+    if known == [SCORER]:
+        check_labels(data, place)
     if data.get("vocab_size") == 128256:
         refuse("a vocabulary of 128256 is Llama 3's", "vocab_size")
     if data.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -254,6 +258,15 @@ def refuse_foreign(data: Mapping[str, Any], place: str, architecture: str | None
         refuse(f"Llama 2's is {BOS}, this model's {shown(data['bos_token_id'])}", "bos_token_id")
     if data.get("eos_token_id") not in (None, EOS, [EOS]):
         refuse(f"Llama 2's is {EOS}, this model's {shown(data['eos_token_id'])}", "eos_token_id")
+
+
+def check_labels(data: Mapping[str, Any], place: str) -> None:
+    """Raise DataError for a classifier of several labels. One that names none is known by the shape of its head."""
+    names = data.get("id2label")
+    counts = {"num_labels": data.get("num_labels"), "id2label": len(names) if isinstance(names, dict) else names}
+    for key, count in counts.items():
+        if count is not None and (type(count) is not int or count != 1):
+            raise DataError(f"a reward model has one label, this classifier {shown(count)}", place, key)
 
 
 def rope_theta(data: Mapping[str, Any], place: str) -> float:
@@ -286,12 +299,21 @@ def rope_theta(data: Mapping[str, Any], place: str) -> float:
     return next(iter(found.values()), 10000.0)
 
 
-def config_to_json(config: ModelConfig, architecture: str = LM, dtype: str = "float32") -> dict[str, Any]:
+def config_to_json(
+    config: ModelConfig, architecture: str = LM, dtype: str = "float32", *, score_offset: float = 0.0
+) -> dict[str, Any]:
     """The content of `config.json`, as transformers 4 and 5, vLLM and llama.cpp's converter read it.
 
-    dtype: of the saved tensors, in torch's name. `rope_theta` stands at the top, where every reader looks.
+    dtype: of the saved tensors, in torch's name. `rope_theta` stands at the top, where every reader looks. A reward
+    model (SCORER) has one label, and padding that is not EOS: transformers reads the score at the last token that is
+    not padding. score_offset: written where it is not 0; it is ours, others leave it unread.
     """
     shape = dataclasses.asdict(config)
+    scorer: dict[str, Any] = {}
+    if architecture == SCORER:
+        scorer = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": PAD}
+        if score_offset:
+            scorer["score_offset"] = score_offset
     return {
         "architectures": [architecture],
         "model_type": "llama",
@@ -307,4 +329,5 @@ def config_to_json(config: ModelConfig, architecture: str = LM, dtype: str = "fl
         "pretraining_tp": 1,
         "torch_dtype": dtype,
         "use_cache": True,
+        **scorer,
     }
