@@ -75,6 +75,22 @@ class Filter(Base):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measuring(Base):
+    """What every measure of `eval` takes: records in, a table for a person, metric records out."""
+
+    files: list[str] = flag(
+        positional=True,
+        default=[],
+        help="record files; '-', or nothing at the end of a pipe, is stdin",
+        complete="file",
+    )
+    out: str = flag("-o", default="-", help="where the metric records go", complete="file")
+    json: bool = flag(default=False, help="only the records, no table")
+    provenance: str | None = flag(default=None, help="write the provenance record to this file", complete="file")
+    max_line: int = flag(default=64 << 20, help="longest accepted line in bytes", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compute(Base):
     """What every command takes that runs a model."""
 
@@ -82,6 +98,42 @@ class Compute(Base):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         default="auto", help="arithmetic; auto is bf16 on CUDA and fp32 on CPU; fp16 is for inference only"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Compute):
+    """What every command takes that trains a model."""
+
+    out: str = flag("-o", metavar="DIR", help="the run folder", complete="file")
+    steps: int | None = flag(default=None, low=1, help="optimizer steps, instead of --epochs")
+    warmup: int | None = flag(default=None, low=0, help="steps of warm-up")
+    final_lr: float = flag(default=0.1, low=0, high=1, help="where the cosine ends, as a share of the peak")
+    weight_decay: float = flag(default=0.1, low=0, help="AdamW's")  # Llama 2, sections 2.2 and 3.1
+    decay: Literal["matrices", "linears", "all"] = flag(
+        default="matrices", help="what decays: matrices, those but the embedding, or the norms' gains too"
+    )
+    clip: float = flag(default=1.0, low=0, help="largest gradient norm; 0 does not clip")
+    eval_every: int | None = flag(
+        default=None, low=1, help="steps between held-out measurements (default: --save-every)"
+    )
+    save_every: int | None = flag(
+        default=None, low=1, help="steps between saves (default: a tenth of the run, at most 1000)"
+    )
+    keep: int = flag(default=0, low=0, help="newest saved steps that stay, besides the best one; 0 keeps all")
+    save_dtype: Literal["fp32", "bf16", "fp16"] = flag(default="fp32", help="type of the saved weights")
+    activation_checkpointing: bool = flag(default=False, help="keep less for the backward pass and compute it again")
+    compile: bool = flag(default=False, help="compile the layers (torch.compile)")
+    kernels: Literal["auto", "plain"] = flag(
+        default="auto", help="auto: what is equal and faster on this machine (chosen once); plain: torch's own"
+    )
+    peak: float | None = flag(
+        default=None, low=0.001, help="TFLOP/s of a device, for MFU (default: the data sheet's, or measured)"
+    )
+    watts: float | None = flag(
+        default=None, low=0, help="power of a device, for tCO2 (default: the data sheet's; CPU 100)"
+    )
+    resume: bool = flag(default=False, help="continue the run in --out; start it where nothing is saved yet")
+    dry_run: bool = flag(default=False, help="show settings, data, memory and disk; then exit")
 
 
 @dataclass(frozen=True, kw_only=True)

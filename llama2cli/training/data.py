@@ -185,11 +185,14 @@ class Batch:
     """What one optimizer step is made of.
 
     micro: this rank's micro-batches, arguments of the loss by name. count: tokens (pairs, ...) that the loss is divided
-    by: all that count, in all micro-batches of all ranks.
+    by: all that count, in all micro-batches of all ranks. tokens: that go through the model, padding left out, where
+    they are not the same. items: dialogues or pairs, where the stage counts in them.
     """
 
     micro: list[dict[str, Tensor]]
     count: int
+    tokens: int | None = None
+    items: int | None = None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ HELD_OUT = "heldout_loss"  # the metric that `best` is chosen by
 class Plan:
     """How a run goes. what: the command, for the log. save_every, eval_every: in optimizer steps, and at the last.
 
-    keep: how many newest saved steps stay, 0 for all. dtype: of the arithmetic (autocast); weights are fp32.
+    keep: how many newest saved steps stay, 0 for all. dtype: of the arithmetic (autocast); weights are fp32. tracked:
+    names of the sums that the loss returns behind its own; each is divided by the batch's count and logged. eval_first:
+    measure what is held out before the first step too, as step 0.
     """
 
     what: str
@@ -46,6 +48,8 @@ class Plan:
     keep: int = 0
     clip: float = optim.CLIP
     dtype: torch.dtype = torch.float32
+    tracked: tuple[str, ...] = ()
+    eval_first: bool = False
 
     @property
     def steps(self) -> int:
@@ -63,18 +67,19 @@ def moved(micro: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
     return {k: v.to(device) for k, v in micro.items()}
 
 
-def gradients(loss: Loss, batch: Batch, world: World, dtype: torch.dtype, stop: Stop) -> Tensor | None:
-    """Add up the gradients of (sum of losses) / count over micro-batches; return this rank's sum of losses, fp64.
+def gradients(loss: Loss, batch: Batch, world: World, dtype: torch.dtype, stop: Stop, n: int = 1) -> Tensor | None:
+    """Add up the gradients of (sum of losses) / count over micro-batches; return this rank's sums, fp64 [n].
 
-    None where a signal came: the step is given up, which a process alone may decide at any micro-batch.
+    The first sum is the loss's, which is trained. None where a signal came: the step is given up, which a process
+    alone may decide at any micro-batch.
     """
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    total = torch.zeros(n, dtype=torch.float64, device=world.device)
     for micro in batch.micro:
         if stop.asked and world.size == 1:
             return None
         with autocast(world.device, dtype):
-            part = loss(**moved(micro, world.device))
-        (part / batch.count).backward()
+            part = loss(**moved(micro, world.device)).reshape(n)
+        (part[0] / batch.count).backward()
         total += part.detach()
     return total
 
@@ -98,10 +103,11 @@ def fit(
 ) -> State:
     """Train from `state` to the last step of the plan; return the state at the end.
 
-    loss: the arguments of a micro-batch -> the sum of its losses. save: writes all that a step folder holds, about
-    `saved_bytes`, into a folder aside, given the step's metrics; on every rank. measure: metrics of a step, from the
-    data's position. evaluate: held-out metrics, HELD_OUT among them. Raises DataError for less than one batch,
-    Failure where loss or gradient are not finite, and Interrupted, after saving, when a signal has asked to stop.
+    loss: the arguments of a micro-batch -> the sum of its losses, and the sums that the plan tracks. save: writes all
+    that a step folder holds, about `saved_bytes`, into a folder aside, given the step's metrics; on every rank.
+    measure: metrics of a step, from the data's position. evaluate: held-out metrics, HELD_OUT among them. Raises
+    DataError for less than one batch, Failure where loss or gradient are not finite, and Interrupted, after saving,
+    when a signal has asked to stop.
     """
     saved = state.step
     metrics: dict[str, Any] = {}
@@ -119,21 +125,26 @@ def fit(
     stop.saving = True
     with console.Progress(plan.what, total=plan.steps, unit="steps") as bar:
         bar.start_at(state.step)
+        if evaluate is not None and plan.eval_first and state.step == 0 and not stop.asked:
+            metrics = {"step": 0, **evaluate()}
+            run.log(metrics, {"step": 0})
+            bar.say(f"before the first step: held-out loss {metrics[HELD_OUT]:.4f}")
         began = time.perf_counter()
         for batch, position in islice(batches, plan.steps - state.step):
             step, lr = state.step + 1, plan.schedule.lr(state.step + 1)
-            mine = gradients(loss, batch, world, plan.dtype, stop)
+            mine = gradients(loss, batch, world, plan.dtype, stop, 1 + len(plan.tracked))
             if mine is None:
                 stopped = True
                 break
-            total, signals = dist.sums(world, [float(mine), float(stop.asked)])
+            total, *tracked, signals = dist.sums(world, [*mine.tolist(), float(stop.asked)])
             norm = optim.step(optimizer, params, lr=lr, loss=total / batch.count, clip=plan.clip)
             state.step, state.position, stopped = step, position, signals > 0
             seconds = time.perf_counter() - began
             metrics = {"step": step, "loss": total / batch.count, "lr": lr, "grad_norm": norm, **measure(position)}
+            metrics |= {name: value / batch.count for name, value in zip(plan.tracked, tracked)}
             if evaluate is not None and due(step, plan.eval_every, plan.steps):
                 metrics |= evaluate()
-            timing = meter.record(step, batch.count, seconds)
+            timing = meter.record(step, batch.tokens or batch.count, seconds, batch.items)
             run.log(metrics, timing)
             if due(step, plan.save_every, plan.steps):
                 keep_step(metrics, candidate=True)

@@ -67,15 +67,17 @@ class Meter:
         self.before = float(earlier.get("seconds", 0.0))
         self.began = time.perf_counter()
 
-    def record(self, step: int, tokens: int, seconds: float) -> dict[str, Any]:
-        """A timing record. tokens: trained on in this step; seconds: that the step took."""
+    def record(self, step: int, tokens: int, seconds: float, items: int | None = None) -> dict[str, Any]:
+        """A timing record. tokens, items (dialogues, pairs): of this step; seconds: that the step took."""
         rate = tokens / max(seconds, 1e-9)
         total = self.before + time.perf_counter() - self.began
         hours = total / 3600 * self.devices
+        items_rate = {} if items is None else {"items_per_second": round(items / max(seconds, 1e-9), 2)}
         return {
             "step": step,
             "seconds": round(total, 4),
             "tokens_per_second": round(rate, 1),
+            **items_rate,
             "mfu": round(budget.mfu(rate, self.flops, self.peak, self.devices), 4),
             "gpu_hours": round(hours, 6),
             "tco2": budget.co2_tonnes(hours, self.watts),

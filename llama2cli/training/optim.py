@@ -52,11 +52,14 @@ class Schedule:
         return self.peak * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def warmup_steps(steps: int, wanted: int | None) -> int:
+def warmup_steps(steps: int, wanted: int | None, *, tuning: bool = False) -> int:
     """Steps of warm-up: what was asked for, else 2000 (Llama 2, section 2.2) or a tenth of a shorter run.
 
+    tuning: else 3% of the steps, at least 5, as the reward models' (section 3.2.2), but no more than half of a run.
     Raises Misuse where the warm-up that was asked for would never end.
     """
+    if wanted is None and tuning:
+        return min(max(5, round(0.03 * steps)), steps // 2)
     if wanted is None:
         return min(WARMUP, math.ceil(steps / 10))
     if wanted >= steps:

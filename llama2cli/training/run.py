@@ -104,7 +104,7 @@ class Run:
             elif path.name.startswith(".") and path.name.endswith(".partial"):
                 path.unlink()
         for name in (METRICS, TIMING):
-            cut(self.folder / name, self.latest)
+            cut(self.folder / name, self.latest or -1)  # step 0 is measured again
 
     def write_settings(self, content: Mapping[str, Any]) -> None:
         """Replace settings.json."""
@@ -178,6 +178,11 @@ class Run:
                 f.seek(max(0, path.stat().st_size - (1 << 20)))
                 lines = f.read().splitlines()
         return json.loads(lines[-1]) if lines else {}
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """All lines of METRICS or TIMING as records."""
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def close(self) -> None:
         """Close the files and give the folder free."""

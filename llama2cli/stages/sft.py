@@ -1,0 +1,299 @@
+"""`llama2 sft`: supervised fine-tuning by the recipe of section 3.1.
+
+Choices that the paper leaves open, beside those at the top of `training/examples.py`, `training/dialogues.py`:
+1. What separates prompt and answer is the chat format of Meta's reference code (`text/chat.py`), not one special token.
+2. Dialogues are packed, and each attends to itself only (--packing blocks). The paper concatenates (--packing concat).
+3. A batch is 64 dialogues; of a concatenated set 64 rows of the context.
+4. Warm-up is 3% of the steps, at least 5; the cosine ends at 10% of the peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from llama2cli import console, provenance
+from llama2cli.errors import DataError
+from llama2cli.settings import Training, flag
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llama2cli.text.tokenizer import Tokenizer
+    from llama2cli.training.corpus import Named
+    from llama2cli.training.data import Position
+    from llama2cli.training.dialogues import Dialogues, Report, Rows
+    from llama2cli.training.dist import World
+    from llama2cli.training.examples import Part
+    from llama2cli.training.run import Run
+    from llama2cli.training.session import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Training):
+    """Fine-tune a Llama on dialogues: the answers are trained, with the space and the EOS that close them.
+
+    The defaults are the paper's (section 3.1). Reads {"messages"} records, and the common public formats (Alpaca,
+    ShareGPT, prompt and completion, OASST trees, ...). An assistant message with "weight": 0 is not trained. The mask
+    report tells the trained and total tokens of each role, and what was cut; --show-mask shows them token by token.
+
+    Prints one JSON record: {"checkpoint", "step", "loss", ...}.
+
+    Example:
+      llama2 sft --init run --data examples/data/chat.jsonl --context 128 --batch-size 8 --heldout 0.1 -o sft --resume
+    """
+
+    files: list[str] = flag(positional=True, default=[], help="dialogues; '-' is stdin", complete="file")
+    data: list[str] = flag(
+        default=[],
+        metavar="[NAME=]FILE[:WEIGHT]",
+        help="dialogues, and how often an epoch reads them (1 when not given)",
+        complete="file",
+    )
+    format: str = flag(default="auto", help="form of the records (auto: by their fields), as alpaca, sharegpt, oasst")
+    init: str = flag(help="checkpoint to start from", complete="checkpoint")
+    heldout: list[str] = flag(
+        default=[],
+        metavar="FRACTION|[NAME=]FILE",
+        help="share of each source's prompts, or dialogues, that are not trained on but measured",
+        complete="file",
+    )
+    context: int | None = flag(default=None, low=2, help="tokens in a row (default: the model's own)")
+    packing: Literal["blocks", "concat", "none"] = flag(
+        default="blocks",
+        help="blocks: packed rows, each dialogue sees itself only; concat: all concatenated and cut; none: padded",
+    )
+    long: Literal["cut", "drop"] = flag(default="cut", help="dialogues longer than the context; both are counted")
+    tags: Literal["escape", "refuse", "keep"] = flag(
+        default="escape", help="what to do with tags of the chat format, as [INST], in contents"
+    )
+    batch_size: int = flag(default=64, low=1, help="dialogues in an optimizer step (rows with --packing concat)")
+    micro_tokens: int | None = flag(
+        default=None, low=1, help="tokens that a process runs at once (default: 4096, on CUDA 16384)"
+    )
+    epochs: float | None = flag(default=None, low=0, help="passes over the data (default: 2)")
+    steps: int | None = flag(default=None, low=1, help="optimizer steps, instead of --epochs")
+    lr: float = flag(default=2e-5, low=0, help="peak learning rate")
+    warmup: int | None = flag(default=None, low=0, help="steps of warm-up (default: 3% of the run, at least 5)")
+    show_mask: int = flag(
+        default=0, low=0, metavar="N", help="show the first N dialogues with what is trained in them, and exit"
+    )
+
+
+EPOCHS = 2.0  # Llama 2, section 3.1; batch size, learning rate and decay are above
+
+
+def run(settings: Settings) -> dict[str, Any] | None:
+    """Train; return the record of the last step."""
+    from llama2cli.training import dist, session
+    from llama2cli.training.signals import stop_requests
+
+    session.check(settings, heldout=bool(settings.heldout), epochs=settings.epochs)
+    with stop_requests() as stop, dist.world(settings.device) as world:
+        job = prepare(settings, world)
+        if settings.show_mask:
+            show_mask(job, settings.show_mask)
+            return None
+        job.report.show()
+        if settings.dry_run:
+            return dry_run(job)
+        return session.train(job.work, stop, show=show_end)
+
+
+# --- 1. what is asked for ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run before any weight exists: the dialogues, what became of them, and the work that comes of it."""
+
+    rows: Rows
+    heldout: list[Part]
+    report: Report
+    work: Work
+
+
+def prepare(settings: Settings, world: World) -> Job:
+    """Read and encode the dialogues, set apart what is held out, settle the length of the run. Reads no weights."""
+    from llama2cli.nn import budget, checkpoint
+    from llama2cli.text.folders import resolve_model
+    from llama2cli.text.tokenizer import Tokenizer
+    from llama2cli.training import dialogues, examples, session
+    from llama2cli.training.corpus import parse_heldout
+    from llama2cli.training.objective import NextToken
+    from llama2cli.training.optim import warmup_steps
+
+    # the model
+    init = resolve_model(settings.init)
+    tokenizer = Tokenizer.load(init)
+    own = checkpoint.load_config(init)
+    checkpoint.check_tokenizer(own, tokenizer, settings.init)
+    context = settings.context or own.max_position_embeddings
+    config = dataclasses.replace(own, max_position_embeddings=max(own.max_position_embeddings, context))
+
+    # the data
+    named = examples.parse_sources([*settings.files, *settings.data], world.size)
+    held = parse_heldout(settings.heldout)
+    store = dialogues.Dialogues()
+    parts, report = read(settings, named, store, tokenizer, context)
+    apart: list[Part] = []
+    notes = []
+    if isinstance(held, float):
+        parts, apart = examples.split_all(parts, store.groups, held)
+    elif held:
+        apart, _ = read(settings, held, store, tokenizer, context)
+        parts, left_out = examples.without(parts, store.groups, apart)
+        if left_out:
+            notes.append(f"{left_out:,} dialogues are not trained on: --heldout has their prompts")
+    examples.check_some(parts, "dialogue")
+    rows = dialogues.Rows(store, parts, context, settings.packing, budget_of(settings, world), settings.seed, world)
+
+    # the length of the run
+    an_epoch = rows.count(0)
+    total = None if settings.steps else examples.length(rows.count, settings.epochs or EPOCHS)
+    steps = settings.steps or -(-(total or 0) // settings.batch_size)
+    if an_epoch < settings.batch_size:
+        notes.append(f"one step reads the data {settings.batch_size / an_epoch:,.1f} times; a smaller --batch-size?")
+    if config != own:
+        notes.append(f"the context of {settings.init} is extended to {config.max_position_embeddings:,} positions")
+    each_epoch = max(1, an_epoch // settings.batch_size)
+    resolved = {
+        **session.resolve(
+            settings,
+            world,
+            context=context,
+            steps=steps,
+            lr=settings.lr,
+            warmup=warmup_steps(steps, settings.warmup, tuning=True),
+            eval_every=max(1, each_epoch // 4),
+        ),
+        "batch_size": settings.batch_size,
+        "micro_tokens": rows.budget,
+        "packing": settings.packing,
+        "long": settings.long,
+        "tags": settings.tags,
+        "dialogues": {"ids": store.ids.digest(), "masks": store.masks.digest()},
+        "data": [examples.described(p) for p in parts],
+        "heldout": [examples.described(p) for p in apart],
+        "tokenizer": tokenizer.sha256,
+        "init": provenance.fingerprint(init),
+        "model": dataclasses.asdict(config),
+    }
+
+    # what the loop is given
+    def measure(position: Position) -> dict[str, Any]:
+        first = {"masks": report.metrics()} if position["seen"] <= settings.batch_size else {}
+        return {"epochs": examples.progress(rows.count, position), "seen": position["seen"], **first}
+
+    def evaluate(loss: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        return dialogues.measure(loss, rows, apart, dtype)
+
+    size = f"{budget.n_params(config):,} parameters, context {context:,}"
+    work = session.Work(
+        stage="sft",
+        settings=settings,
+        world=world,
+        resolved=resolved,
+        config=config,
+        tokenizer=tokenizer,
+        init=init,
+        inputs=[n.path for n in [*named, *([] if isinstance(held, float) else held)]] + [str(init)],
+        notes=notes,
+        mean_length=context if settings.packing == "concat" else len(store.ids.values) // max(1, len(store)),
+        objective=NextToken,
+        batches=lambda at: rows.batches(settings.batch_size, total, at),
+        measure=measure,
+        evaluate=evaluate if apart else None,
+        describe=lambda metrics: f"A Llama of {size}, fine-tuned on dialogues ({metrics['epochs']:.2f} epochs).",
+        told=("step", "loss", "heldout_loss", "epochs"),
+    )
+    return Job(rows, apart, report, work)
+
+
+def read(
+    settings: Settings, named: Sequence[Named], store: Dialogues, tokenizer: Tokenizer, context: int
+) -> tuple[list[Part], Report]:
+    """Read files into the store: a part for each, and what became of their dialogues."""
+    from llama2cli.text.formats import read_dialogues
+    from llama2cli.training import dialogues, examples
+
+    parts, total = [], dialogues.Report()
+    for source in named:
+        before = len(store)
+        records = read_dialogues([source.path], format=settings.format)
+        report = dialogues.add(store, tokenizer, records, context=context, tags=settings.tags, long=settings.long)
+        if len(store) == before:
+            raise DataError("holds no dialogue to train on", source.path)
+        parts.append(examples.part(source, before, len(store)))
+        total.add(report)
+    return parts, total
+
+
+def budget_of(settings: Settings, world: World) -> int:
+    """Tokens that a process runs at once."""
+    return settings.micro_tokens or (16384 if world.device.type == "cuda" else 4096)
+
+
+# --- 2. before it trains ------------------------------------------------------------------------------------------
+
+
+def dry_run(job: Job) -> dict[str, Any]:
+    """What the run would be and need; shown to a person too."""
+    from llama2cli.training import session
+
+    rows, steps = job.rows, job.work.resolved["steps"]
+    an_epoch = sum(len(rows.store.ids[int(i)]) * p.weight for p in rows.parts for i in p.index)
+    epochs = steps * job.work.resolved["batch_size"] / rows.count(0)
+    plan = session.plan_resources(job.work, tokens_at_once=rows.budget, tokens=round(epochs * an_epoch))
+    data = [(p.name, f"{len(p.index):,}", f"{p.weight:g}", f"{epochs * p.weight:.2f}") for p in rows.parts]
+    data += [(f"{p.name} (held out)", f"{len(p.index):,}", "", "") for p in job.heldout]
+    console.table("data", ["source", "dialogues", "weight", "epochs"], data)
+    return plan | {"masks": job.report.metrics()}
+
+
+def show_mask(job: Job, n: int) -> None:
+    """The first dialogues token by token: coloured on a terminal, else a JSON line each."""
+    import json
+
+    store, tokenizer = job.rows.store, job.work.tokenizer
+    for i in range(min(n, len(store))):
+        ids, mask = store.ids[i].tolist(), store.masks[i].tolist()
+        if sys.stdout.isatty():
+            sys.stdout.write(coloured(tokenizer, ids, mask) + "\n\n")
+        else:
+            sys.stdout.write(json.dumps({"ids": ids, "trained": mask}) + "\n")
+
+
+def coloured(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> str:
+    """The pieces of a dialogue, those that are trained in green and underlined, the others dim."""
+    out = []
+    for i, trained in zip(ids, mask):
+        piece = tokenizer.id_to_piece(i).replace("▁", " ")
+        text = {"<0x0A>": "\\n\n"}.get(piece, piece)
+        text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+        out.append(f"\x1b[{'32;4' if trained else '2'}m{text}\x1b[0m")
+    return "".join(out)
+
+
+# --- 3. after -----------------------------------------------------------------------------------------------------
+
+
+def show_end(run: Run) -> None:
+    """The held-out curve, and each source's loss at the end."""
+    from llama2cli.training.run import METRICS
+
+    curve = [m for m in run.read(METRICS) if "heldout_loss" in m]
+    rows = [
+        (m["step"], f"{m.get('epochs', 0):.2f}", f"{m['loss']:.4f}" if "loss" in m else "", f"{m['heldout_loss']:.4f}")
+        for m in curve
+    ]
+    if rows:
+        console.table("", ["step", "epochs", "loss", "held-out loss"], rows)
+        last = curve[-1]["heldout"]
+        console.table(
+            "", ["held out", "loss", "tokens"], [(k, f"{v['loss']:.4f}", v["tokens"]) for k, v in last.items()]
+        )
