@@ -1,7 +1,7 @@
 """The table of commands. It knows names only: a stage is imported when it runs or shows its help.
 
 Each stage module has a dataclass `Settings` that gives the flags and the help, and `run(settings)`, whose result, if it
-has one, is printed as one JSON line.
+has one, is printed as one JSON line. A command of two words, as "eval preferences", belongs to a group.
 """
 
 from __future__ import annotations
@@ -30,12 +30,26 @@ COMMANDS = {
     "chat": "a conversation in the terminal",
     "convert": "Meta checkpoints to Hugging Face folders and back",
     "plan": "memory, time, GPU-hours and tCO2 before you spend them",
+    "eval preferences": "what comparisons hold: turns, tokens, ratings, safety bins, by source and batch",
+}
+GROUPS = {
+    "eval": "the paper's measurements, a command each",
 }
 
 
 def stage(command: str) -> types.ModuleType:
     """The module of a command."""
-    return importlib.import_module(f"llama2cli.stages.{command.replace('-', '_')}")
+    return importlib.import_module(f"llama2cli.stages.{command.replace('-', '_').replace(' ', '_')}")
+
+
+def command_of(words: Sequence[str]) -> str | None:
+    """The command that a command line names: "plan", "eval preferences"; "eval" when it names no measure of it."""
+    for i, word in enumerate(words):
+        if word in GROUPS:
+            return next((f"{word} {w}" for w in words[i + 1 :] if f"{word} {w}" in COMMANDS), word)
+        if word in COMMANDS:
+            return word
+    return None
 
 
 # --- flags from a dataclass ---------------------------------------------------------------------------------------
@@ -185,14 +199,20 @@ VERSION = typer.Option(False, "--version", is_eager=True, callback=print_version
 def build(command: str | None, args: Sequence[str], act: Callable[[Any], None]) -> typer.Typer:
     """The application; only the named command has its flags, the others are names with a line of help."""
     app = typer.Typer(rich_markup_mode=None, help=SUMMARY, pretty_exceptions_enable=False)
+    groups = {}
+    for name, summary in GROUPS.items():
+        groups[name] = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+        app.add_typer(groups[name], name=name, help=f"{summary[0].upper()}{summary[1:]}.", short_help=summary)
 
     @app.callback()
     def top(version: bool = VERSION) -> None:
         pass
 
     for name, summary in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        owner = groups[group] if group else app
         if name != command:
-            app.command(name, help=summary)(lambda: None)
+            owner.command(word, help=summary)(lambda: None)
             continue
         module = stage(name)
         path = config_path(args)
@@ -200,7 +220,7 @@ def build(command: str | None, args: Sequence[str], act: Callable[[Any], None]) 
         help = inspect.cleandoc(module.Settings.__doc__ or summary).replace("\n\nExample:\n", "\n\n\b\nExample:\n")
         context = {"default_map": given, "help_option_names": ["-h", "--help"]}
         function = command_function(module.Settings, act)
-        app.command(name, help=help, short_help=summary, context_settings=context)(function)
+        owner.command(word, help=help, short_help=summary, context_settings=context)(function)
     return app
 
 
@@ -215,7 +235,9 @@ def emit(result: Any) -> None:
 
 def invoke(args: Sequence[str]) -> int:
     """Run one command line and return its exit code; no exception leaves, each becomes one line on stderr."""
-    command = next((a for a in [*args, *completed_words()] if a in COMMANDS), None)
+    command = command_of([*args, *completed_words()])
+    if args and args[-1] == command and command in GROUPS:
+        args = [*args, "--help"]
     console.configure(f"llama2 {command}" if command else "llama2", quiet=False)
 
     def act(settings: Base) -> None:

@@ -87,6 +87,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     _write("\n".join([*head, line(list(columns)), rule, *map(line, cells)]) + "\n")
 
 
+def tables(several: Iterable[tuple[str, Sequence[str], Iterable[Sequence[object]]]]) -> None:
+    """Draw tables, each (title, columns, rows), with a blank line between them."""
+    for i, (title, columns, rows) in enumerate(several):
+        if i:
+            say("")
+        table(title, columns, rows)
+
+
 def duration(seconds: float) -> str:
     """1:02:03 or 2:03."""
     s = max(0, round(seconds))

@@ -133,9 +133,41 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.invoke(["--version"]) == 0
     assert capsys.readouterr().out == f"llama2cli {__version__}\n"
     out = subprocess.run([sys.executable, "-m", "llama2cli"], capture_output=True, text=True)
-    assert out.returncode == 0 and all(name in out.stdout for name in cli.COMMANDS)
+    top = [name for name in [*cli.COMMANDS, *cli.GROUPS] if " " not in name]
+    assert out.returncode == 0 and all(name in out.stdout for name in top)
     assert cli.invoke(["plam"]) == 2
     assert "'plan'" in capsys.readouterr().err
+
+
+def test_a_group_lists_its_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    """`llama2 eval` shows each with its line; a misspelt one gets a suggestion."""
+    assert cli.invoke(["eval"]) == 0
+    shown = capsys.readouterr().out
+    for name, summary in cli.COMMANDS.items():
+        if name.startswith("eval "):
+            assert f"  {name.removeprefix('eval ')} " in shown and summary.split(":")[0] in shown
+    assert cli.invoke(["eval", "preferencs", "x"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("llama2 eval: ") and "'preferences'" in line and line.count("\n") == 1
+    assert cli.invoke(["eval", "preferences", "nowhere.jsonl"]) == 1
+    assert capsys.readouterr().err.startswith("llama2 eval preferences: nowhere.jsonl: ")
+
+
+@pytest.mark.parametrize(
+    "words, command",
+    [
+        (["plan", "7b"], "plan"),
+        (["--version"], None),
+        (["eval"], "eval"),
+        (["eval", "plan"], "eval"),
+        (["eval", "--help"], "eval"),
+        (["eval", "preferences", "plan"], "eval preferences"),
+        (["plan", "eval", "preferences"], "plan"),
+        (["nothing"], None),
+    ],
+)
+def test_the_command_of_a_command_line(words: list[str], command: str | None) -> None:
+    assert cli.command_of(words) == command
 
 
 @pytest.mark.parametrize(
@@ -146,6 +178,10 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         ("llama2 pretrain --decay ", ["matrices", "linears", "all"]),
         ("llama2 generate --model ru", ["run/"]),
         ("llama2 tokenize tex", ["text.jsonl"]),
+        ("llama2 ev", ["eval"]),
+        ("llama2 eval pref", ["preferences"]),
+        ("llama2 eval preferences --js", ["--json"]),
+        ("llama2 eval preferences tex", ["text.jsonl"]),
     ],
 )
 def test_a_shell_completes(tmp_path: Path, line: str, offered: list[str]) -> None:

@@ -18,17 +18,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llama2cli.errors import DataError
+from llama2cli.measure.flow import Table
+from llama2cli.measure.preferences import RATINGS, SAFETY_BINS
 from llama2cli.measure.rates import Rate, interval, metric, percent, rate
 from llama2cli.text.records import Record
 
-RATINGS = ("significantly", "better", "slightly", "negligibly")  # the columns of Table 8
-SAFETY_BINS = {"chosen_safe": (1, 0), "both_safe": (1, 1), "both_unsafe": (0, 0)}  # whether chosen, rejected are safe
 THRESHOLD = 0.15  # section 3.2.3: an answer below it is held to be unsafe
 HALF = 0.5  # where Table 29 counts the unsafe answers that are found
 BINS_OF_CALIBRATION = 10
 BINS_OF_SCORES = 20
 BAR = 24  # characters of the longest bar
-Table = tuple[str, list[str], list[list[str]]]
 K = TypeVar("K", bound=Hashable)
 
 

@@ -7,12 +7,14 @@ examples are cut short by a flag that is appended.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,9 +35,18 @@ def script(command: str) -> str:
     return "\n".join(re.sub(rf"llama2 {command}\b[^|>;&]*", rf"\g<0> {more} ", line) for line in lines)
 
 
+def comparison(i: int) -> dict[str, Any]:
+    """A pair of answers to one question, rated, of one of two weekly batches."""
+    answers = [[{"role": "assistant", "content": text}] for text in (f"It is {i + i}.", "I do not know.")]
+    prompt = [{"role": "user", "content": f"What is {i} and {i}?"}]
+    rating = ("significantly", "better", "slightly", "negligibly")[i % 4]
+    labels = {"rating": rating, "safety": "both_safe" if i % 3 else "chosen_safe", "batch": 1 + i % 2}
+    return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **labels}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tok.model, tokens/books, tokens/web, run and llama-2-7b (small, but in Meta's format)."""
+    """A folder with tok.model, tokens/books, tokens/web, run, llama-2-7b (small, but in Meta's format), comparisons."""
     folder = tmp_path_factory.mktemp("made")
     alice, holmes = (str(ROOT / "examples" / "data" / f"{n}.txt.gz") for n in ("alice", "sherlock_holmes"))
     model, run = str(folder / "tok.model"), str(folder / "run")
@@ -53,6 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert cli.invoke([*args, *quiet]) == 0, args
     ops.restore(before)
     shutil.copy(model, folder / "tokenizer.model")
+    (folder / "comparisons.jsonl").write_text("".join(json.dumps(comparison(i)) + "\n" for i in range(8)))
     return folder
 
 

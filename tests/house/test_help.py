@@ -63,22 +63,26 @@ def ours(lines: list[str]) -> list[list[str]]:
 def parses(args: list[str]) -> Any:
     """The settings that a command line gives, without running it. Raises what the command line would report."""
     got: list[Any] = []
-    app = cli.build(args[0], args, got.append)
+    app = cli.build(cli.command_of(args), args, got.append)
     typer.main.get_command(app)(list(args), prog_name="llama2", standalone_mode=False)
     return got[0]
 
 
 def test_top_help_names_every_command() -> None:
-    """`llama2 --help` lists the table of commands and loads nothing heavy."""
-    text, code, loaded = ask("--help")
-    assert code == 0 and loaded == []
-    assert all(any(line.split()[:1] == [command] for line in text.splitlines()) for command in cli.COMMANDS)
+    """`llama2 --help` lists the table of commands, `llama2 eval` that of its measures; they load nothing heavy."""
+    for asked, group in (("--help", ""), *((name, f"{name} ") for name in cli.GROUPS)):
+        text, code, loaded = ask(asked)
+        assert code == 0 and loaded == []
+        listed = {group + line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.strip()}
+        mine = {name for name in [*cli.COMMANDS, *cli.GROUPS] if name.rpartition(" ")[0] == group.strip()}
+        assert mine <= listed
+        assert ask(*asked.split(), "-h")[1] == 0 or not group
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_is_light_and_ends_with_an_example(command: str) -> None:
     """`llama2 X --help` exits 0 without torch, transformers or numpy, and shows every flag and the example."""
-    text, code, loaded = ask(command, "--help")
+    text, code, loaded = ask(*command.split(), "--help")
     assert code == 0
     assert loaded == []
     settings = cli.stage(command).Settings
@@ -94,7 +98,7 @@ def test_help_is_light_and_ends_with_an_example(command: str) -> None:
 def test_the_example_is_accepted(command: str) -> None:
     """The example's own command line parses: its flags exist, its values have the right type."""
     found = ours(examples(cli.stage(command).Settings.__doc__ or ""))
-    assert any(args[0] == command for args in found), f"no example of {command} itself"
+    assert any(cli.command_of(args) == command for args in found), f"no example of {command} itself"
     for args in found:
         parses(args)
 
@@ -111,7 +115,7 @@ def test_every_flag_is_explained(command: str) -> None:
 def test_a_misspelt_flag_gets_a_suggestion(command: str) -> None:
     """One line, exit code 2, and the flag that was meant."""
     done = subprocess.run(
-        [sys.executable, "-m", "llama2cli", command, "--sede", "1"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "llama2cli", *command.split(), "--sede", "1"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
@@ -121,7 +125,12 @@ def test_a_misspelt_flag_gets_a_suggestion(command: str) -> None:
 def test_an_example_with_a_lost_flag_is_found() -> None:
     """The check of examples fails on a flag, a value or a command that does not exist."""
     assert parses(["plan", "7b", "--gpus", "8"]).gpus == 8
-    for line in ("llama2 plan 7b --gpuz 8", "llama2 plan 7b --gpus many", "cat x | llama2 plan --nothing"):
+    for line in (
+        "llama2 plan 7b --gpuz 8",
+        "llama2 plan 7b --gpus many",
+        "llama2 eval prefs x",
+        "cat x | llama2 plan --nothing",
+    ):
         with pytest.raises((typer.TyperException, SystemExit)):
             parses(ours([line])[0])
 

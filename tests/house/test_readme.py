@@ -121,16 +121,19 @@ def wrong_command(args: list[str], whole: bool = True) -> str | None:
     """What is wrong with the arguments of `llama2`, or None. whole: not a mention, so values are checked too."""
     if not args or args[0] in ("--help", "--version") or args[0].isupper():  # `llama2 COMMAND --help`
         return None
-    if args[0] not in cli.COMMANDS:
-        return f"no command {args[0]}"
-    known = flags_of(args[0])
+    command = cli.command_of(args[:2]) or ""
+    if command in cli.GROUPS and not args[1:]:  # `llama2 eval` lists its measures
+        return None
+    if command not in cli.COMMANDS or command.split()[0] != args[0]:
+        return f"no command {' '.join(args[:2] if command in cli.GROUPS else args[:1])}"
+    known = flags_of(command)
     for word in args[1:]:
         name = word.partition("=")[0]
         if re.match(r"^-{1,2}[A-Za-z]", word) and name not in known:
-            return f"{args[0]} has no flag {name}"
+            return f"{command} has no flag {name}"
     literal = not any(c in word for word in args for c in "$<>…") and "..." not in args
     if whole and literal and not {"--help", "-h", "--config"} & {word.partition("=")[0] for word in args}:
-        app = cli.build(args[0], args, lambda settings: None)
+        app = cli.build(command, args, lambda settings: None)
         try:
             typer.main.get_command(app)(list(args), prog_name="llama2", standalone_mode=False)
         except Exception as e:
@@ -265,7 +268,7 @@ $ llama2 plan --preset 7b
 @pytest.fixture
 def only_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """One command is enough to test the checks themselves."""
-    monkeypatch.setattr(cli, "COMMANDS", {"plan": cli.COMMANDS["plan"]})
+    monkeypatch.setattr(cli, "COMMANDS", {name: cli.COMMANDS[name] for name in ("plan", "eval preferences")})
 
 
 @pytest.mark.usefixtures("only_plan")
@@ -283,6 +286,8 @@ def test_a_good_document_passes() -> None:
         ('```bash\necho "$(llama2 plan --nope)"\n```', "plan has no flag --nope"),
         ("```console\n$ llama2 plan --nope\nout\n```", "plan has no flag --nope"),
         ("```sh\nllama2 plam 7b\n```", "no command plam"),
+        ("```sh\nllama2 eval prefs 7b\n```", "no command eval prefs"),
+        ("```sh\nllama2 eval preferences --nope\n```", "eval preferences has no flag --nope"),
         ("```sh\nllama2 plan 7b --gpus many\n```", "many"),
         ("```sh\npython -m llama2cli plan -z\n```", "plan has no flag -z"),
         ("```sh\ntorchrun --nproc-per-node 2 -m llama2cli plan --nope\n```", "plan has no flag --nope"),

@@ -55,7 +55,7 @@ def flags(cell: str) -> list[str]:
     """The flags that a cell names, each with its command: "pretrain --decay"."""
     return [
         f"{command} {flag}"
-        for command, rest in re.findall(r"`([a-z-]+) (--[^`]+)`", cell)
+        for command, rest in re.findall(r"`([a-z-]+(?: [a-z-]+)?) (--[^`]+)`", cell)
         for flag in re.findall(r"--[a-z][\w-]*", rest)
     ]
 
@@ -63,7 +63,7 @@ def flags(cell: str) -> list[str]:
 def unknown(table: list[list[str]]) -> list[str]:
     """What a table says wrongly: cells that name no flag and are no dash, flags that do not exist."""
     wrong = [f"no flag in: {' | '.join(row)}" for row in table if not flags(row[-1]) and row[-1] not in ("-", "–", "—")]
-    for command, _, flag in (name.partition(" ") for row in table for name in flags(row[-1])):
+    for command, _, flag in (name.rpartition(" ") for row in table for name in flags(row[-1])):
         known = (
             [cli.long_flag(f) for f in dataclasses.fields(cli.stage(command).Settings)]
             if command in cli.COMMANDS
