@@ -26,11 +26,14 @@ from llama2cli.settings import Base
 COMMANDS = {
     "tokenize": "documents to token shards or id lines; --train makes a tokenizer",
     "pretrain": "train a Llama from scratch, or go on from a checkpoint, on token shards",
+    "sft": "fine-tune on dialogues: the answers are trained",
+    "rm-train": "train a reward model on comparisons, or a classifier on labelled dialogues",
     "generate": "answer prompts, continue documents or plain text lines",
     "chat": "a conversation in the terminal",
     "convert": "Meta checkpoints to Hugging Face folders and back",
     "plan": "memory, time, GPU-hours and tCO2 before you spend them",
-    "eval preferences": "what comparisons hold: turns, tokens, ratings, safety bins, by source and batch",
+    "eval preferences": "what comparisons hold, by source and weekly batch",
+    "eval dialogues": "flaws of fine-tuning data, by source; --annotate marks them",
 }
 GROUPS = {
     "eval": "the paper's measurements, a command each",

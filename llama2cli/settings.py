@@ -105,6 +105,9 @@ class Training(Compute):
     """What every command takes that trains a model."""
 
     out: str = flag("-o", metavar="DIR", help="the run folder", complete="file")
+    micro_tokens: int | None = flag(
+        default=None, low=1, help="tokens that a process runs at once (default: 4096, on CUDA 16384)"
+    )
     steps: int | None = flag(default=None, low=1, help="optimizer steps, instead of --epochs")
     warmup: int | None = flag(default=None, low=0, help="steps of warm-up")
     final_lr: float = flag(default=0.1, low=0, high=1, help="where the cosine ends, as a share of the peak")

@@ -75,7 +75,7 @@ class Settings(Training):
     context: int | None = flag(default=None, low=1, help="tokens in a row (default: the model's own, 4096 from 1b on)")
     batch_size: int = flag(default=4 << 20, low=1, help="tokens in an optimizer step, of all processes")
     micro_batch: int | None = flag(
-        default=None, low=1, help="rows that a process runs at once (default: 4096 tokens of them, on CUDA 16384)"
+        default=None, low=1, help="rows that a process runs at once, instead of --micro-tokens"
     )
     steps: int | None = flag(default=None, low=1, help="optimizer steps (default: one epoch)")
     epochs: float | None = flag(default=None, low=0, help="the length of the run in passes over all tokens")
@@ -238,11 +238,11 @@ def refuse_stream(settings: Settings, world: World, heldout: Any) -> None:
 def batch_shape(settings: Settings, world: World, context: int) -> Shape:
     """How many rows a step has, and how they are split over processes and micro-batches."""
     from llama2cli.training.data import Shape
+    from llama2cli.training.session import tokens_at_once
 
     each = max(1, round(settings.batch_size / (context * world.size)))
     rows = each * world.size
-    at_once = 16384 if world.device.type == "cuda" else 4096
-    micro = min(each, settings.micro_batch or max(1, at_once // context))
+    micro = min(each, settings.micro_batch or max(1, tokens_at_once(settings, world) // context))
     return Shape(rows, micro, world.rank, world.size)
 
 

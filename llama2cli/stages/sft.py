@@ -72,9 +72,6 @@ class Settings(Training):
         default="escape", help="what to do with tags of the chat format, as [INST], in contents"
     )
     batch_size: int = flag(default=64, low=1, help="dialogues in an optimizer step (rows with --packing concat)")
-    micro_tokens: int | None = flag(
-        default=None, low=1, help="tokens that a process runs at once (default: 4096, on CUDA 16384)"
-    )
     epochs: float | None = flag(default=None, low=0, help="passes over the data (default: 2)")
     steps: int | None = flag(default=None, low=1, help="optimizer steps, instead of --epochs")
     lr: float = flag(default=2e-5, low=0, help="peak learning rate")
@@ -150,7 +147,8 @@ def prepare(settings: Settings, world: World) -> Job:
         if left_out:
             notes.append(f"{left_out:,} dialogues are not trained on: --heldout has their prompts")
     examples.check_some(parts, "dialogue")
-    rows = dialogues.Rows(store, parts, context, settings.packing, budget_of(settings, world), settings.seed, world)
+    order = examples.Order(parts, settings.seed)
+    rows = dialogues.Rows(store, order, context, settings.packing, session.tokens_at_once(settings, world), world)
 
     # the length of the run
     an_epoch = rows.count(0)
@@ -233,11 +231,6 @@ def read(
     return parts, total
 
 
-def budget_of(settings: Settings, world: World) -> int:
-    """Tokens that a process runs at once."""
-    return settings.micro_tokens or (16384 if world.device.type == "cuda" else 4096)
-
-
 # --- 2. before it trains ------------------------------------------------------------------------------------------
 
 
@@ -246,10 +239,10 @@ def dry_run(job: Job) -> dict[str, Any]:
     from llama2cli.training import session
 
     rows, steps = job.rows, job.work.resolved["steps"]
-    an_epoch = sum(len(rows.store.ids[int(i)]) * p.weight for p in rows.parts for i in p.index)
+    an_epoch = sum(len(rows.store.ids[int(i)]) * p.weight for p in rows.order.parts for i in p.index)
     epochs = steps * job.work.resolved["batch_size"] / rows.count(0)
     plan = session.plan_resources(job.work, tokens_at_once=rows.budget, tokens=round(epochs * an_epoch))
-    data = [(p.name, f"{len(p.index):,}", f"{p.weight:g}", f"{epochs * p.weight:.2f}") for p in rows.parts]
+    data = [(p.name, f"{len(p.index):,}", f"{p.weight:g}", f"{epochs * p.weight:.2f}") for p in rows.order.parts]
     data += [(f"{p.name} (held out)", f"{len(p.index):,}", "", "") for p in job.heldout]
     console.table("data", ["source", "dialogues", "weight", "epochs"], data)
     return plan | {"masks": job.report.metrics()}

@@ -43,19 +43,22 @@ def entry(stage: str, settings: Mapping[str, Any], resolved: Mapping[str, Any], 
     }
 
 
-def files(stages: Sequence[Entry], metrics: Mapping[str, Any], description: str) -> dict[str, bytes]:
+def files(
+    stages: Sequence[Entry], metrics: Mapping[str, Any], description: str, task: str = "text-generation"
+) -> dict[str, bytes]:
     """The files of a step folder that tell its origin.
 
-    stages: all of the lineage, the last is the one that trained; metrics: the last that it logged.
+    stages: all of the lineage, the last is the one that trained; metrics: the last that it logged. task: what the model
+    is for, in the words of model hubs.
     """
     *before, last = stages
     told = [*before, {**last, "metrics": dict(metrics)}]
-    return {LINEAGE: to_json({"stages": told}).encode(), CARD: card(told, description).encode()}
+    return {LINEAGE: to_json({"stages": told}).encode(), CARD: card(told, description, task).encode()}
 
 
 CARD_TEXT = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
 - llama-2
 - llama2cli
@@ -74,11 +77,11 @@ of `llama2`. `trainer/` is what `--resume` needs; the model is whole without it.
 """
 
 
-def card(stages: Sequence[Entry], description: str) -> str:
+def card(stages: Sequence[Entry], description: str, task: str) -> str:
     """The model card."""
     title = f"{stages[-1]['stage']}, step {stages[-1]['metrics']['step']:,}"
     lineage = "\n\n".join(f"{i}. {paragraph(stage)}" for i, stage in enumerate(stages, 1))
-    return CARD_TEXT.format(title=title, description=description, lineage=lineage)
+    return CARD_TEXT.format(task=task, title=title, description=description, lineage=lineage)
 
 
 def paragraph(stage: Entry) -> str:

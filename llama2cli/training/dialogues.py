@@ -32,7 +32,7 @@ from llama2cli.text.tokenizer import Tokenizer
 from llama2cli.training import dist
 from llama2cli.training.data import IGNORED, Batch, Position, as_micro
 from llama2cli.training.dist import World
-from llama2cli.training.examples import Part, Ragged, epoch_order, group_of, walk
+from llama2cli.training.examples import Order, Part, Ragged, group_of, walk
 from llama2cli.training.fit import HELD_OUT, autocast, moved
 
 Packing = Literal["blocks", "concat", "none"]
@@ -187,21 +187,16 @@ class Rows:
     """How dialogues become rows. budget: tokens that a process runs at once."""
 
     store: Dialogues
-    parts: Sequence[Part]
+    order: Order
     context: int
     packing: Packing
     budget: int
-    seed: int
     world: World
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The dialogues of an epoch, in the order in which they are read."""
-        return _order(self, epoch)
 
     def count(self, epoch: int) -> int:
         """Dialogues of an epoch, or rows where they are concatenated."""
         if self.packing != "concat":
-            return sum(p.amount for p in self.parts)
+            return self.order.count(epoch)
         return -(-(len(self.stream(epoch)[0]) - 1) // self.context)
 
     def stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +212,7 @@ class Rows:
         """The batch of these (epoch, number in it)."""
         if self.packing == "concat":
             return self.cut(items)
-        chosen = [int(self.order(epoch)[i]) for epoch, i in items]
+        chosen = [int(self.order.of(epoch)[i]) for epoch, i in items]
         micro, count, tokens = packed(self.store, chosen, self.context, self.packing, self.budget, self.world)
         return Batch(micro, count, tokens, len(items))
 
@@ -240,14 +235,9 @@ class Rows:
         return Batch(micro, count, sum(used), len(rows))
 
 
-@lru_cache(maxsize=4)
-def _order(rows: Rows, epoch: int) -> np.ndarray:
-    return epoch_order(rows.parts, rows.seed, epoch)
-
-
 @lru_cache(maxsize=2)
 def _stream(rows: Rows, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    order = _order(rows, epoch)
+    order = rows.order.of(epoch)
     ids = np.concatenate([rows.store.ids[int(i)] for i in order]).astype(np.int64)
     masks = np.concatenate([rows.store.masks[int(i)] for i in order])
     return ids, np.where(masks != 0, ids, IGNORED)

@@ -17,6 +17,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -149,6 +150,31 @@ def split_all(parts: Sequence[Part], groups: Sequence[int], fraction: float) -> 
     return [kept for kept, _ in pairs], [out for _, out in pairs]
 
 
+def split_batches(
+    parts: Sequence[Part], groups: Sequence[int], batches: Sequence[int | None], each: int
+) -> tuple[list[Part], list[Part]]:
+    """(training, held-out) parts: of every weekly batch about `each` examples, at least, are held out, by prompt.
+
+    batches: of each example, None where it has none. Raises DataError where no example has a batch, or nothing is left.
+    """
+    numbers = np.array(groups, np.uint64)
+    order = splitmix(numbers)
+    apart: set[int] = set()
+    weeks = sorted({b for b in batches if b is not None})
+    if not weeks:
+        raise DataError('no record has a "batch": --heldout-per-batch has nothing to hold out')
+    for week in weeks:
+        mine = np.array([i for i, b in enumerate(batches) if b == week])
+        taken = mine[np.argsort(order[mine], kind="stable")[:each]]
+        apart.update(numbers[taken].tolist())
+    held = np.isin(numbers, np.array(sorted(apart), np.uint64))
+    kept = [Part(p.name, p.index[~held[p.index]], p.weight) for p in parts]
+    if not any(len(p.index) for p in kept):
+        raise DataError(f"--heldout-per-batch {each} leaves nothing to train on")
+    out = [Part(p.name, p.index[held[p.index]]) for p in parts]
+    return [p for p in kept if len(p.index)], [p for p in out if len(p.index)]
+
+
 def without(parts: Sequence[Part], numbers: Sequence[int], heldout: Sequence[Part]) -> tuple[list[Part], int]:
     """The parts without the prompts that are held out, and how many examples that leaves out."""
     groups = np.array(numbers, np.uint64)
@@ -162,17 +188,33 @@ def permutation(n: int, key: int) -> np.ndarray:
     return np.argsort(splitmix(np.arange(n, dtype=np.uint64) ^ np.uint64(key)), kind="stable")
 
 
-def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
-    """The examples of an epoch, in the order in which they are read."""
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The order in which the examples of some sources are read."""
+
+    parts: Sequence[Part]
+    seed: int
+
+    def count(self, epoch: int) -> int:
+        """Examples of an epoch."""
+        return sum(p.amount for p in self.parts)
+
+    def of(self, epoch: int) -> np.ndarray:
+        """The examples of an epoch, in the order in which they are read."""
+        return _order(self, epoch)
+
+
+@lru_cache(maxsize=4)
+def _order(order: Order, epoch: int) -> np.ndarray:
     chosen = []
-    for part in parts:
+    for part in order.parts:
         size = len(part.index)
         numbers = np.arange(epoch * part.amount, (epoch + 1) * part.amount)
         for turn in np.unique(numbers // size) if size else ():
-            order = permutation(size, mix(seed, name_key(part.name), int(turn)))
-            chosen.append(part.index[order[numbers[numbers // size == turn] % size]])
+            shuffle = permutation(size, mix(order.seed, name_key(part.name), int(turn)))
+            chosen.append(part.index[shuffle[numbers[numbers // size == turn] % size]])
     everything = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
-    return everything[permutation(len(everything), mix(seed, EPOCH, epoch))]
+    return everything[permutation(len(everything), mix(order.seed, EPOCH, epoch))]
 
 
 def walk(

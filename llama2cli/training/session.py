@@ -46,7 +46,8 @@ class Work:
     measure: metrics of a step, from the data's position. evaluate: held-out metrics of the loss, in a type of
     arithmetic. describe: a sentence for the model card, from the metrics. told: metrics that the command prints.
     tracked: names of the sums that the loss returns behind its own. scorer: the model has a scalar head. saved: what
-    else `save_model` takes, from the metrics. eval_first: measure what is held out before the first step. continues: False where the data cannot be read again.
+    else `save_model` takes, from the metrics. eval_first: measure what is held out before the first step. continues:
+    False where the data cannot be read again.
     """
 
     stage: str
@@ -121,6 +122,11 @@ def resolve(
         "compile": settings.compile,
         "kernels": settings.kernels,
     }
+
+
+def tokens_at_once(settings: Training, world: World) -> int:
+    """Tokens of a micro-batch."""
+    return settings.micro_tokens or (16384 if world.device.type == "cuda" else 4096)
 
 
 def open_tokenizer(path: str | None, init: Path | None) -> Tokenizer:
@@ -214,13 +220,15 @@ def go(work: Work, folder: Run, at: State, machine: Machine | None, stop: Stop) 
     stages = card.lineage_of(work.init) if work.init else []
     stages.append(card.entry(work.stage, dataclasses.asdict(settings), resolved, origin))
 
+    task = "text-classification" if work.scorer else "text-generation"
+
     def save(aside: Path, metrics: Mapping[str, Any]) -> None:
         checkpoint.save_model(
             aside,
             model,
             work.tokenizer,
             save_dtype=settings.save_dtype,
-            extra_files=card.files(stages, metrics, work.describe(metrics)),
+            extra_files=card.files(stages, metrics, work.describe(metrics), task),
             writes=world.first,
             **work.saved(metrics),
         )

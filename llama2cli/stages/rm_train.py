@@ -1,0 +1,544 @@
+"""`llama2 rm-train`: a reward model by the recipe of section 3.2.2, or a classifier on the same head.
+
+Choices that the paper leaves open, beside those at the top of `rlhf/preferences.py`, `rlhf/mixing.py` and
+`training/examples.py`:
+1. The scalar is read at the EOS behind the last answer.
+2. The new head is drawn from normal(0, 1 / (D + 1)), the embedding's width D, as in Stiennon et al. 2020.
+3. Margins are the small ones of Table 27 where every pair has a rating; which the paper's final model had is not said.
+4. The safety auxiliary loss has weight 1 with --mix safety, else 0; it is summed over the two answers of a pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from llama2cli import console, provenance
+from llama2cli.errors import DataError, Failure, Misuse, did_you_mean
+from llama2cli.settings import Training, flag
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from llama2cli.nn.config import ModelConfig
+    from llama2cli.rlhf.preferences import Margins
+    from llama2cli.text.tokenizer import Tokenizer
+    from llama2cli.training.corpus import Named
+    from llama2cli.training.data import Position
+    from llama2cli.training.dist import World
+    from llama2cli.training.examples import Part
+    from llama2cli.training.run import Run
+    from llama2cli.training.scored import Examples, Report, Rows
+    from llama2cli.training.session import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Training):
+    """Train a reward model on comparisons: the language model's head gives way to one that yields a scalar.
+
+    The defaults are the paper's (section 3.2.2). Reads {"prompt", "chosen", "rejected", "rating"?, "safety"?} records,
+    and the common public forms (HH-RLHF, TRL, AlpacaEval, ...). --mix composes the data as the paper does for either of
+    its two models, from sources named helpfulness, safety and open. --objective binary trains a classifier on labelled
+    dialogues instead. Held-out accuracy is told by rating and safety bin, with intervals, over the epochs.
+
+    Prints one JSON record: {"checkpoint", "step", "loss", ...}. The checkpoint is a LlamaForSequenceClassification.
+
+    Example:
+      llama2 rm-train --init run --data examples/data/preferences.jsonl --context 128 --batch-size 16 --epochs 3 \\
+        --heldout 0.2 -o rm --resume
+    """
+
+    files: list[str] = flag(positional=True, default=[], help="comparisons; '-' is stdin", complete="file")
+    data: list[str] = flag(
+        default=[],
+        metavar="[NAME=]FILE[:WEIGHT]",
+        help="comparisons, and how often an epoch reads them (1 when not given)",
+        complete="file",
+    )
+    format: str = flag(default="auto", help="form of the records (auto: by their fields), as hh-rlhf, trl, alpaca-eval")
+    init: str = flag(help="checkpoint to start from, a chat model or a reward model", complete="checkpoint")
+    objective: Literal["ranking", "binary"] = flag(
+        default="ranking", help='ranking: comparisons; binary: dialogues with "label": 0 or 1, cross-entropy'
+    )
+    margin: str | None = flag(
+        default=None,
+        metavar="none|small|large|A,B,C,D",
+        help="margins by rating, from significantly to negligibly (default: small where there are ratings)",
+    )
+    default_rating: Literal["significantly", "better", "slightly", "negligibly"] | None = flag(
+        default=None, help="rating of pairs without one"
+    )
+    safety_weight: float | None = flag(
+        default=None, low=0, help="weight of the safety auxiliary loss (default: 1 with --mix safety, else 0)"
+    )
+    mix: Literal["none", "helpfulness", "safety"] = flag(
+        default="none", help="the paper's mixture for either model; sources are named helpfulness, safety, open"
+    )
+    own_share: float | None = flag(
+        default=None, low=0.01, high=1, help="share of the mix's own data (default: 0.5, safety 0.9; 1 is unmixed)"
+    )
+    without: list[str] = flag(
+        default=[],
+        metavar="helpfulness|safety|open",
+        help="leave sources of this role out of training; they are still measured",
+    )
+    heldout: list[str] = flag(
+        default=[],
+        metavar="FRACTION|[NAME=]FILE",
+        help="share of each source's prompts, or comparisons, that are not trained on but measured",
+        complete="file",
+    )
+    heldout_per_batch: int | None = flag(
+        default=None, low=1, help='comparisons of each weekly "batch" that are held out, by prompt (the paper: 1000)'
+    )
+    calibrate: bool = flag(
+        default=False,
+        help="fit the free origin of the scores to held-out safety labels; saved as score_offset in config.json",
+    )
+    context: int | None = flag(default=None, low=2, help="longest dialogue in tokens (default: the model's context)")
+    long: Literal["drop", "cut"] = flag(default="drop", help="comparisons longer than the context; both are counted")
+    tags: Literal["escape", "refuse", "keep"] = flag(
+        default="escape", help="what to do with tags of the chat format, as [INST], in contents"
+    )
+    shared_prefix: bool = flag(
+        rename="--shared-prefix/--no-shared-prefix", default=True, help="compute the prompt of a pair once, or twice"
+    )
+    batch_size: int = flag(default=512, low=1, help="pairs (dialogues) in an optimizer step")
+    epochs: float | None = flag(default=None, low=0, help="passes over the data (default: 1)")
+    steps: int | None = flag(default=None, low=1, help="optimizer steps, instead of --epochs")
+    lr: float | None = flag(default=None, low=0, help="peak learning rate (default: 1e-5, 5e-6 for 70b)")
+    warmup: int | None = flag(default=None, low=0, help="steps of warm-up (default: 3% of the run, at least 5)")
+
+
+EPOCHS = 1.0  # Llama 2, section 3.2.2, as the next; batch size, warm-up and decay are above
+LARGE = 50e9  # parameters of a model that counts as the 70B one
+
+
+def learning_rate(config: ModelConfig) -> float:
+    """5e-6 for the 70B model, 1e-5 for the others."""
+    from llama2cli.nn.budget import n_params
+
+    return 5e-6 if n_params(config) > LARGE else 1e-5
+
+
+def run(settings: Settings) -> dict[str, Any] | None:
+    """Train; return the record of the last step."""
+    from llama2cli.training import dist, session
+    from llama2cli.training.signals import stop_requests
+
+    check(settings)
+    with stop_requests() as stop, dist.world(settings.device) as world:
+        job = prepare(settings, world)
+        job.report.show(job.what)
+        if settings.dry_run:
+            return dry_run(job)
+        return session.train(job.work, stop, show=lambda folder: show_end(folder, job))
+
+
+# --- 1. what is asked for ------------------------------------------------------------------------------------------
+
+
+def check(settings: Settings) -> None:
+    """Raise Misuse for settings that contradict each other, or that would do nothing."""
+    from llama2cli.training import session
+
+    measured = bool(settings.heldout) or settings.heldout_per_batch is not None
+    session.check(settings, heldout=measured, epochs=settings.epochs)
+    binary = settings.objective == "binary"
+    useless = {
+        "--margin": binary and settings.margin is not None,
+        "--default-rating": binary and settings.default_rating is not None,
+        "--safety-weight": binary and settings.safety_weight is not None,
+        "--calibrate": binary and settings.calibrate,
+        "--heldout-per-batch": binary and settings.heldout_per_batch is not None,
+    }
+    for name, wrong in useless.items():
+        if wrong:
+            raise Misuse("has no meaning with --objective binary", name)
+    if settings.own_share is not None and settings.mix == "none":
+        raise Misuse("is the share in a mixture; give --mix", "--own-share")
+    if settings.calibrate and not measured:
+        raise Misuse("wants held-out comparisons with safety labels; give --heldout", "--calibrate")
+    if settings.heldout and settings.heldout_per_batch is not None:
+        raise Misuse("give one of --heldout and --heldout-per-batch")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run before any weight exists: the examples, what became of them, and the work that comes of it."""
+
+    what: str
+    rows: Rows
+    heldout: list[Part]
+    report: Report
+    work: Work
+
+
+def prepare(settings: Settings, world: World) -> Job:
+    """Read and encode the data, mix them, set apart what is held out, settle the length of the run."""
+    from llama2cli.nn import budget, checkpoint
+    from llama2cli.text.folders import resolve_model
+    from llama2cli.text.tokenizer import Tokenizer
+    from llama2cli.training import examples, scored, session
+    from llama2cli.training.corpus import parse_heldout
+    from llama2cli.training.optim import warmup_steps
+
+    # the model
+    init = resolve_model(settings.init)
+    tokenizer = Tokenizer.load(init)
+    own = checkpoint.load_config(init, None)
+    checkpoint.check_tokenizer(own, tokenizer, settings.init)
+    context = settings.context or own.max_position_embeddings
+    config = dataclasses.replace(own, max_position_embeddings=max(own.max_position_embeddings, context))
+
+    # the data
+    what = "comparisons" if settings.objective == "ranking" else "dialogues"
+    named = examples.parse_sources([*settings.files, *settings.data], world.size)
+    held = parse_heldout(settings.heldout)
+    store = scored.Examples()
+    parts, report = read(settings, named, store, tokenizer, context)
+    apart: list[Part] = []
+    notes = []
+    if isinstance(held, float):
+        parts, apart = examples.split_all(parts, store.groups, held)
+    elif held:
+        apart, _ = read(settings, held, store, tokenizer, context)
+        parts, left_out = examples.without(parts, store.groups, apart)
+        if left_out:
+            notes.append(f"{left_out:,} {what} are not trained on: --heldout has their prompts")
+    elif settings.heldout_per_batch is not None:
+        weeks = [facts.get("batch") for facts in store.facts]
+        parts, apart = examples.split_batches(parts, store.groups, weeks, settings.heldout_per_batch)
+    parts, more = mixed(settings, parts, explicit=any(n.weight is not None for n in named))
+    examples.check_some(parts, what[:-1])
+    labels = labels_of(settings, store)
+    if settings.objective == "ranking":
+        safety_weight = (
+            (1.0 if settings.mix == "safety" else 0.0) if settings.safety_weight is None else settings.safety_weight
+        )
+        if safety_weight and not (labels["safe"] >= 0).any():
+            raise Misuse(
+                'no comparison has a "safety" label: there is nothing for the loss to learn', "--safety-weight"
+            )
+    else:
+        safety_weight = 0.0
+
+    # the length of the run
+    order = examples.Order(parts, settings.seed)
+    budgeted = session.tokens_at_once(settings, world)
+    rows = scored.Rows(store, labels, order, context, budgeted, settings.shared_prefix, world)
+    an_epoch = order.count(0)
+    total = None if settings.steps else examples.length(order.count, settings.epochs or EPOCHS)
+    steps = settings.steps or -(-(total or 0) // settings.batch_size)
+    if an_epoch < settings.batch_size:
+        notes.append(f"one step reads the data {settings.batch_size / an_epoch:,.1f} times; a smaller --batch-size?")
+    if config != own:
+        notes.append(f"the context of {settings.init} is extended to {config.max_position_embeddings:,} positions")
+    resolved = {
+        **session.resolve(
+            settings,
+            world,
+            context=context,
+            steps=steps,
+            lr=learning_rate(config) if settings.lr is None else settings.lr,
+            warmup=warmup_steps(steps, settings.warmup, tuning=True),
+            eval_every=max(1, an_epoch // settings.batch_size // 4),
+        ),
+        "batch_size": settings.batch_size,
+        "micro_tokens": budgeted,
+        "objective": settings.objective,
+        "margin": list(margins(settings, store)) if settings.objective == "ranking" else None,
+        "safety_weight": safety_weight,
+        "mix": settings.mix,
+        "long": settings.long,
+        "tags": settings.tags,
+        "shared_prefix": settings.shared_prefix,
+        "calibrate": settings.calibrate,
+        "examples": {"ids": store.ids.digest(), "labels": digest(labels)},
+        "data": [examples.described(p) for p in parts],
+        "heldout": [examples.described(p) for p in apart],
+        "tokenizer": tokenizer.sha256,
+        "init": provenance.fingerprint(init),
+        "model": dataclasses.asdict(config),
+    }
+    if settings.calibrate and resolved["save_every"] % resolved["eval_every"]:
+        raise Misuse(f"each save ({resolved['save_every']}) wants a measurement before it", "--eval-every")
+
+    # what the loop is given
+    def objective(model: Any) -> nn.Module:
+        return scored.Scored(model, reducer(settings.objective, safety_weight))
+
+    def measure(position: Position) -> dict[str, Any]:
+        return {"epochs": examples.progress(order.count, position), "seen": position["seen"]}
+
+    def evaluate(loss: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        return held_out(settings, rows, apart, safety_weight, loss, dtype)
+
+    size = f"{budget.n_params(config):,} parameters, context {context:,}"
+    kind = "A reward model" if settings.objective == "ranking" else "A classifier"
+    work = session.Work(
+        stage="rm-train",
+        settings=settings,
+        world=world,
+        resolved=resolved,
+        config=config,
+        tokenizer=tokenizer,
+        init=init,
+        inputs=[n.path for n in [*named, *([] if isinstance(held, float) else held)]] + [str(init)],
+        notes=[*notes, *more],
+        mean_length=len(store.ids.values) // max(1, len(store)),
+        objective=objective,
+        batches=lambda at: rows.batches(settings.batch_size, total, at),
+        measure=measure,
+        evaluate=evaluate if apart else None,
+        describe=lambda metrics: f"{kind} of {size}, trained on {metrics['seen']:,} {what}.",
+        told=("step", "loss", "accuracy", "heldout_loss", "heldout_accuracy", "epochs"),
+        tracked=tracked(settings.objective, safety_weight),
+        scorer=True,
+        saved=lambda metrics: {"score_offset": metrics.get("score_offset", 0.0)},
+    )
+    return Job(what, rows, apart, report, work)
+
+
+def read(
+    settings: Settings, named: Sequence[Named], store: Examples, tokenizer: Tokenizer, context: int
+) -> tuple[list[Part], Report]:
+    """Read files into the store: a part for each, and what became of their records."""
+    from llama2cli.text.chat import encode_scored
+    from llama2cli.text.formats import read_comparisons, read_labelled
+    from llama2cli.training import examples, scored
+
+    ranking = settings.objective == "ranking"
+    parts, total = [], scored.Report()
+    for source in named:
+        before = len(store)
+        if ranking:
+            records = read_comparisons([source.path], format=settings.format, default_rating=settings.default_rating)
+        else:
+            records = read_labelled([source.path], format=settings.format)
+        for place, record in records:
+            prompt = record["prompt"] if ranking else record["messages"]
+            whole = [prompt + record["chosen"], prompt + record["rejected"]] if ranking else [prompt]
+            sequences = []
+            for messages in whole:
+                total.tags += count_tags(messages) if settings.tags == "escape" else 0
+                sequences.append(encode_scored(tokenizer, messages, tags=settings.tags, place=place))
+            if settings.long == "drop" and max(map(len, sequences)) > context:
+                total.long += 1
+                continue
+            total.cut += sum(len(s) > context for s in sequences)
+            sequences = [s[:context] for s in sequences]
+            if ranking and sequences[0] == sequences[1]:
+                total.same += 1
+                continue
+            facts: dict[str, Any] = {"source": record.get("source", source.name), "place": place}
+            facts |= {k: record[k] for k in ("rating", "safety", "batch", "label") if k in record}
+            store.add(sequences, examples.group_of(prompt), facts)
+            total.examples += 1
+            total.tokens += sum(map(len, sequences))
+        if len(store) == before:
+            raise DataError(f"holds no {'comparison' if ranking else 'dialogue'} to train on", source.path)
+        parts.append(examples.part(source, before, len(store)))
+    if settings.shared_prefix:
+        total.shared = total.tokens - len(store.ids.values)
+    return parts, total
+
+
+def count_tags(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Tags of the chat format in the contents of a dialogue."""
+    from llama2cli.text.chat import TAGS
+
+    return sum(len(TAGS.findall(m["content"])) for m in messages)
+
+
+def mixed(settings: Settings, parts: list[Part], *, explicit: bool) -> tuple[list[Part], list[str]]:
+    """The parts with the weights of the mix, without those that are left out; and what a person should know."""
+    from llama2cli.rlhf import mixing
+
+    for role in settings.without:
+        if role not in mixing.ROLES:
+            wanted = f"expected one of {', '.join(mixing.ROLES)}"
+            raise Misuse(f'{wanted}, got "{role}"{did_you_mean(role, mixing.ROLES)}', "--without")
+    if settings.without:
+        parts = [p for p in parts if mixing.role_of(p.name) not in settings.without]
+        if not parts:
+            raise Misuse("leaves nothing to train on", "--without")
+    if settings.mix == "none":
+        return parts, []
+    if explicit:
+        raise Misuse("sets the weights of the sources; leave :WEIGHT out of --data", "--mix")
+    chosen, notes = mixing.weights(settings.mix, {p.name: len(p.index) for p in parts}, settings.own_share)
+    weighted = [dataclasses.replace(p, weight=chosen[p.name]) for p in parts]
+    return [p for p in weighted if p.amount], notes
+
+
+def margins(settings: Settings, store: Examples) -> Margins:
+    """The margins by rating: what was asked for, else small ones where there are ratings."""
+    from llama2cli.rlhf.preferences import MARGINS, parse_margin
+
+    if settings.margin is not None:
+        return parse_margin(settings.margin)
+    return MARGINS["small" if all("rating" in facts for facts in store.facts) else "none"]
+
+
+def labels_of(settings: Settings, store: Examples) -> dict[str, np.ndarray]:
+    """What the loss is told of each example, by name: margins [n] and safe [n, 2] (-1 unknown), or labels [n].
+
+    Raises DataError where a margin was asked for and a pair has no rating.
+    """
+    import numpy as np
+
+    from llama2cli.rlhf.preferences import SAFETY_LABELS, margins_of
+
+    if settings.objective == "binary":
+        return {"labels": np.array([facts["label"] for facts in store.facts], np.float32)}
+    table = margins(settings, store)
+    ratings = [facts.get("rating") for facts in store.facts]
+    if any(table) and None in ratings:
+        place = store.facts[ratings.index(None)]["place"]
+        raise DataError("rating: is missing, and the margin depends on it (--default-rating, or --margin none)", *place)
+    safe = [SAFETY_LABELS.get(facts.get("safety", ""), (-1, -1)) for facts in store.facts]
+    return {
+        "margins": np.array(margins_of(ratings, table), np.float32),
+        "safe": np.array(safe, np.int64).reshape(-1, 2),
+    }
+
+
+def digest(labels: Mapping[str, np.ndarray]) -> str:
+    """A hash of all labels."""
+    from hashlib import sha256
+
+    return sha256(b"".join(name.encode() + values.tobytes() for name, values in labels.items())).hexdigest()
+
+
+# --- 2. the loss --------------------------------------------------------------------------------------------------
+
+
+def tracked(objective: str, safety_weight: float) -> tuple[str, ...]:
+    """Names of the sums behind the loss."""
+    return ("accuracy", "ranking_loss", "safety_loss") if objective == "ranking" and safety_weight else ("accuracy",)
+
+
+def reducer(objective: str, safety_weight: float) -> Any:
+    """The sums of a micro-batch: the loss, and what is tracked, from scores [N] and the labels by name.
+
+    Of pairs the scores are those of the chosen and the rejected answer in turn.
+    """
+    import torch
+
+    from llama2cli.rlhf.preferences import binary_loss
+
+    def of_dialogues(scores_N: Tensor, labels: Tensor) -> Tensor:
+        right = (scores_N > 0) == (labels > 0.5)
+        return torch.stack([binary_loss(scores_N, labels).sum(), right.sum()])
+
+    def of_pairs(scores_N: Tensor, margins: Tensor, safe: Tensor) -> Tensor:
+        pairs = scores_N.view(-1, 2)
+        ranking, auxiliary = pair_losses(pairs, margins, safe)
+        right = right_pairs(pairs).sum()
+        if not safety_weight:
+            return torch.stack([ranking.sum(), right])
+        sums = ranking.sum(), auxiliary.sum()
+        return torch.stack([sums[0] + safety_weight * sums[1], right, *(s.detach() for s in sums)])
+
+    return of_pairs if objective == "ranking" else of_dialogues
+
+
+def pair_losses(scores_N2: Tensor, margins_N: Tensor, safe_N2: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] the ranking loss and [N] the safety auxiliary loss of pairs, the latter over the answers with a label."""
+    from llama2cli.rlhf.preferences import ranking_loss, safety_loss
+
+    known = safe_N2 >= 0
+    auxiliary = safety_loss(scores_N2, safe_N2.clamp(min=0)) * known
+    return ranking_loss(scores_N2[:, 0], scores_N2[:, 1], margins_N), auxiliary.sum(1)
+
+
+def right_pairs(scores_N2: Tensor) -> Tensor:
+    """[N] 1 where the chosen answer has the higher score, a half where the two are equal."""
+    gap = scores_N2[:, 0] - scores_N2[:, 1]
+    return (gap > 0).float() + 0.5 * (gap == 0)
+
+
+# --- 3. what is measured ------------------------------------------------------------------------------------------
+
+
+def held_out(
+    settings: Settings, rows: Rows, apart: Sequence[Part], safety_weight: float, loss: nn.Module, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Held-out metrics: the loss, and what `measure` makes of the scores."""
+    import numpy as np
+    import torch
+
+    from llama2cli.measure import classifier, reward_model
+    from llama2cli.rlhf.preferences import SAFETY_LABELS, binary_loss
+
+    chosen = [int(i) for part in apart for i in part.index]
+    facts = [rows.store.facts[i] for i in chosen]
+    scores = rows.scores(loss, chosen, dtype)
+    if not np.isfinite(scores).all():
+        raise Failure("held-out scores are not finite: stopped; the last checkpoint is good")
+    labels = {name: torch.from_numpy(values[chosen]) for name, values in rows.labels.items()}
+    if settings.objective == "binary":
+        result = classifier.evaluate(scores[:, 0], [f["label"] for f in facts], [f["source"] for f in facts])
+        nll = float(binary_loss(torch.from_numpy(scores[:, 0]), labels["labels"]).mean())
+        return {"heldout_loss": nll, "heldout_accuracy": result["accuracy"]["value"], "heldout": result}
+    ranking, auxiliary = pair_losses(torch.from_numpy(scores), labels["margins"], labels["safe"])
+    offset: dict[str, float] = {}
+    if settings.calibrate:
+        known = [(s, SAFETY_LABELS[f["safety"]]) for s, f in zip(scores, facts) if f.get("safety") in SAFETY_LABELS]
+        pairs = [(x, y) for s, safe in known for x, y in zip(s, safe)]
+        offset = {"score_offset": reward_model.calibrate_offset([x for x, _ in pairs], [bool(y) for _, y in pairs])}
+    result = reward_model.evaluate(
+        scores[:, 0],
+        scores[:, 1],
+        ratings=[f.get("rating") for f in facts],
+        safety=[f.get("safety") for f in facts],
+        batches=[f.get("batch") for f in facts],
+        sources=[f["source"] for f in facts],
+        offset=offset.get("score_offset", 0.0),
+    )
+    total = float((ranking + safety_weight * auxiliary).mean())
+    return {"heldout_loss": total, "heldout_accuracy": result["accuracy"]["value"], **offset, "heldout": result}
+
+
+def dry_run(job: Job) -> dict[str, Any]:
+    """What the run would be and need; shown to a person too."""
+    from llama2cli.training import session
+
+    rows, steps = job.rows, job.work.resolved["steps"]
+    an_epoch = sum(len(rows.store.ids[int(i)]) * p.weight for p in rows.order.parts for i in p.index)
+    epochs = steps * job.work.resolved["batch_size"] / rows.order.count(0)
+    plan = session.plan_resources(job.work, tokens_at_once=rows.budget, tokens=round(epochs * an_epoch))
+    data = [(p.name, f"{len(p.index):,}", f"{p.weight:.3g}", f"{p.amount:,}") for p in rows.order.parts]
+    data += [(f"{p.name} (held out)", f"{len(p.index):,}", "", "") for p in job.heldout]
+    console.table("data", ["source", job.what, "weight", "in an epoch"], data)
+    return plan | {"data": {p.name: p.amount for p in rows.order.parts}}
+
+
+def show_end(run: Run, job: Job) -> None:
+    """The held-out curve by epoch, and the tables of the last measurement."""
+    from llama2cli.measure import classifier, reward_model
+    from llama2cli.measure.rates import interval, percent
+    from llama2cli.training.run import METRICS
+
+    curve = [m for m in run.read(METRICS) if "heldout" in m]
+    if not curve:
+        return
+    rows = []
+    for m in curve:
+        trained = (f"{m['loss']:.4f}", f"{100 * m['accuracy']:.1f}") if "loss" in m else ("", "")
+        right = m["heldout"]["accuracy"]
+        held = f"{m['heldout_loss']:.4f}", percent(right), interval(right)
+        rows.append((m["step"], f"{m.get('epochs', 0):.2f}", *trained, *held))
+    columns = ["step", "epochs", "loss", "right %", "held-out loss", "held-out right %", "95% interval"]
+    console.table("", columns, rows)
+    result = curve[-1]["heldout"]
+    of = reward_model if job.work.settings.objective == "ranking" else classifier  # type: ignore[attr-defined]
+    for title, names, cells in of.tables(result):
+        console.table(title, names, cells)
+    if "score_offset" in curve[-1]:
+        console.say(f"score_offset {curve[-1]['score_offset']:.4f} is in config.json: score, rs-sample and ppo add it")
