@@ -19,6 +19,7 @@ class Settings(Measuring):
       llama2 eval preferences comparisons.jsonl --tokenizer tok.model -o metrics.jsonl
     """
 
+    format: str = flag(default="auto", help="form of the records (auto: by their fields), as hh-rlhf, trl, pandalm")
     tokenizer: str | None = flag(
         default=None, help="tokenizer.model, or a folder that holds one, to count tokens with", complete="checkpoint"
     )
@@ -27,12 +28,12 @@ class Settings(Measuring):
 def run(settings: Settings) -> None:
     """Count record by record, then show and write."""
     from llama2cli.measure import flow, preferences
-    from llama2cli.text.streams import read_records
+    from llama2cli.text.formats import read_comparisons
     from llama2cli.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(settings.tokenizer) if settings.tokenizer else None
     count = (lambda text: len(tokenizer.encode(text))) if tokenizer else (lambda text: len(text.split()))
-    comparisons = read_records(settings.files, "comparison", max_line=settings.max_line)
+    comparisons = read_comparisons(settings.files, format=settings.format, max_line=settings.max_line)
     records = (record for _, record in flow.watched(comparisons, settings.files, "comparisons"))
     found = preferences.collect(records, count, "tokens" if tokenizer else "words")
     inputs = [*settings.files, *([settings.tokenizer] if settings.tokenizer else [])]

@@ -46,7 +46,7 @@ def comparison(i: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tok.model, tokens/books, tokens/web, run, llama-2-7b (small, but in Meta's format), comparisons."""
+    """A folder with tok.model, tokens/books, tokens/web, run, llama-2-7b (small, but in Meta's format), records."""
     folder = tmp_path_factory.mktemp("made")
     alice, holmes = (str(ROOT / "examples" / "data" / f"{n}.txt.gz") for n in ("alice", "sherlock_holmes"))
     model, run = str(folder / "tok.model"), str(folder / "run")
@@ -64,6 +64,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert cli.invoke([*args, *quiet]) == 0, args
     ops.restore(before)
     shutil.copy(model, folder / "tokenizer.model")
+    dialogue = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, you."}]}
+    (folder / "dialogues.jsonl").write_text(json.dumps(dialogue) + "\n")
     (folder / "comparisons.jsonl").write_text("".join(json.dumps(comparison(i)) + "\n" for i in range(8)))
     return folder
 

@@ -43,7 +43,9 @@ def test_records_on_stdout_and_a_table_on_stderr(tmp_path: Path, capsys: pytest.
     assert code == 0 and found["preferences.comparisons"] == 2 and found["preferences.prompts"] == 1
     assert found["preferences.words_per_example"] == (5 + 3 + 3 + 4) / 4
     assert re.search(r"^total +2 +1 +1\.0 +3\.8 +2\.0 +1\.8 +50\.0$", err, re.MULTILINE), err
-    assert ask(capsys, path, "--json") == (0, records, "")
+    code, same, err = ask(capsys, path, "--json")
+    assert (code, same) == (0, records) and "total" not in err
+    assert ask(capsys, path, "--quiet") == (0, records, "")
 
 
 def test_what_nobody_may_learn_from_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +102,7 @@ def test_output_and_provenance(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     "line, words",
     [
-        ({"prompt": [{"role": "user", "content": "q"}]}, ["c.jsonl:1: ", "chosen"]),
+        ({"chosen": comparison("q", "a", "b")["chosen"]}, ["c.jsonl:1: ", "rejected"]),
         (
             comparison("q", "a", "b", rating="much"),
             ["c.jsonl:1: rating: ", "significantly, better, slightly, negligibly"],
