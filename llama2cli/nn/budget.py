@@ -43,39 +43,45 @@ def key_value_width(config: ModelConfig) -> int:
     return config.num_key_value_heads * config.head_dim
 
 
-def parameters(config: ModelConfig) -> Parameters:
-    """Weights by part: there are no biases, two norms a layer and one at the end (Llama 2, section 2.2)."""
+def parameters(config: ModelConfig, *, scorer: bool = False) -> Parameters:
+    """Weights by part: there are no biases, two norms a layer and one at the end (Llama 2, section 2.2).
+
+    scorer: of a reward model, whose head is one row (section 3.2.2).
+    """
     depth, width = config.num_hidden_layers, config.hidden_size
     return Parameters(
         embedding=config.vocab_size * width,
         attention=depth * width * 2 * (attention_width(config) + key_value_width(config)),
         feed_forward=depth * 3 * width * config.intermediate_size,
         norms=(2 * depth + 1) * width,
-        head=0 if config.tie_word_embeddings else config.vocab_size * width,
+        head=width if scorer else 0 if config.tie_word_embeddings else config.vocab_size * width,
     )
 
 
-def n_matmul_params(config: ModelConfig) -> int:
-    """How many weights a token is multiplied with: attention, feed-forward and the head, tied or not."""
+def n_matmul_params(config: ModelConfig, *, scorer: bool = False) -> int:
+    """How many weights a token is multiplied with: attention, feed-forward and the head, tied or not.
+
+    scorer: of a reward model, whose head is read at the last token only and counts as nothing.
+    """
     part = parameters(config)
-    return part.attention + part.feed_forward + config.vocab_size * config.hidden_size
+    return part.attention + part.feed_forward + (0 if scorer else config.vocab_size * config.hidden_size)
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------------------------
 
 
-def train_flops_per_token(config: ModelConfig, context: int, *, causal: bool = True) -> int:
+def train_flops_per_token(config: ModelConfig, context: int, *, causal: bool = True, scorer: bool = False) -> int:
     """FLOPs to train on one token, forward and backward: 6 N + 6 L H K T, where N is `n_matmul_params`.
 
-    context: T, the length of the sequences, in tokens. causal: see the top of this file.
+    context: T, the length of the sequences, in tokens. causal: see the top of this file. scorer: of a reward model.
     """
     square = 12 * config.num_hidden_layers * attention_width(config) * context
-    return 6 * n_matmul_params(config) + (square // 2 if causal else square)
+    return 6 * n_matmul_params(config, scorer=scorer) + (square // 2 if causal else square)
 
 
-def forward_flops_per_token(config: ModelConfig, context: int) -> int:
+def forward_flops_per_token(config: ModelConfig, context: int, *, scorer: bool = False) -> int:
     """FLOPs of a forward pass over a sequence of T tokens, per token: a third of training."""
-    return train_flops_per_token(config, context) // 3
+    return train_flops_per_token(config, context, scorer=scorer) // 3
 
 
 def decode_flops_per_token(config: ModelConfig, context: int) -> int:
@@ -202,16 +208,18 @@ def activation_bytes(
 CHUNK_LOGITS, MIN_CHUNK = 1 << 24, 256  # of `nn.loss`: logits of a chunk, and the fewest tokens of one
 
 
-def head_bytes(config: ModelConfig, tokens: int, compute_bytes: int = 2) -> int:
-    """Bytes of the last norm, the head and the loss for so many tokens, gradients included.
+def head_bytes(config: ModelConfig, tokens: int, compute_bytes: int = 2, *, scorer: bool = False) -> int:
+    """Bytes of the last norm, the head and the loss for so many tokens, gradients included; of a scorer the norm only.
 
     A chunk of logits, 2^22 of them in fp32 too where the product is in bf16; the fp32 gradient of the head; of each
     token the norm's fp32 input and the same normed, the hidden state and its gradient.
     """
+    states = tokens * config.hidden_size * (8 + 2 * compute_bytes)
+    if scorer:
+        return states
     chunk = max(MIN_CHUNK, CHUNK_LOGITS // config.vocab_size // 64 * 64)
     logits = min(chunk, tokens) * config.vocab_size
     softmax = 0 if compute_bytes == 4 else 4 * min(logits, 1 << 22)
-    states = tokens * config.hidden_size * (8 + 2 * compute_bytes)
     return logits * compute_bytes + softmax + 4 * config.vocab_size * config.hidden_size + states
 
 
@@ -222,10 +230,11 @@ def memory_per_gpu(
     gpus: int = 1,
     checkpointing: bool = False,
     compute_bytes: int = 2,
+    scorer: bool = False,
 ) -> Memory:
     """Bytes per GPU of a training step under FSDP2 with AdamW, gradients accumulated over micro-batches.
 
-    tokens: of one micro-batch on one GPU. compute_bytes: 2 for bf16, 4 for fp32.
+    tokens: of one micro-batch on one GPU. compute_bytes: 2 for bf16, 4 for fp32. scorer: of a reward model.
 
     * Weights, gradients and both moments are fp32 and sharded: 16 bytes a weight, over the GPUs.
     * With several GPUs two layers are gathered in the compute type (one at work, one on its way), the layer at work has
@@ -236,11 +245,11 @@ def memory_per_gpu(
     All parts are added as if their worst moments fell together. Against torch's memory tracker the sum is within 10% on
     one device; under FSDP2 it is 0% to 20% above the peak.
     """
-    weights, layers = n_params(config), config.num_hidden_layers
-    part = parameters(config)
+    weights, layers = n_params(config, scorer=scorer), config.num_hidden_layers
+    part = parameters(config, scorer=scorer)
     layer, ends = (part.attention + part.feed_forward) // layers, part.embedding + part.head
     if gpus == 1:
-        gathered = 2 * n_matmul_params(config) if compute_bytes == 2 else 0
+        gathered = 2 * n_matmul_params(config, scorer=scorer) if compute_bytes == 2 else 0
     else:
         gathered = layer * (3 * compute_bytes + 4) + ends * compute_bytes
     residual = compute_bytes if gpus > 1 else 4
@@ -253,7 +262,7 @@ def memory_per_gpu(
         optimizer=8 * weights / gpus,
         gathered=gathered,
         activations=activations,
-        head=head_bytes(config, tokens, compute_bytes),
+        head=head_bytes(config, tokens, compute_bytes, scorer=scorer),
     )
 
 

@@ -61,6 +61,17 @@ def test_parameters_are_transformers(name: str) -> None:
     assert sum(part) == n_params(config) == budget.n_params(config) == sum(sizes.values())
 
 
+@pytest.mark.parametrize("name", ["grouped", "tied", "7b"])
+def test_parameters_of_a_reward_model_are_transformers(name: str) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = SHAPES[name]
+    with torch.device("meta"):
+        theirs = LlamaForSequenceClassification(LlamaConfig(**dataclasses.asdict(config), num_labels=1))
+    total = sum(p.numel() for p in theirs.parameters())
+    assert n_params(config, scorer=True) == sum(budget.parameters(config, scorer=True)) == total
+
+
 @pytest.mark.parametrize("name", ["small", "grouped", "tied"])
 def test_flops_are_torchs_count(name: str) -> None:
     """torch's FLOP counter over our own forward and backward pass; it counts the whole square of attention.

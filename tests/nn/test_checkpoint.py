@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,8 +24,16 @@ from transformers import (
 
 from llama2cli.errors import DataError
 from llama2cli.nn import checkpoint
-from llama2cli.nn.checkpoint import check_tokenizer, load_config, load_into, load_model, save_model
-from llama2cli.nn.config import ModelConfig
+from llama2cli.nn.checkpoint import (
+    check_tokenizer,
+    is_scorer,
+    load_config,
+    load_into,
+    load_model,
+    save_model,
+    score_offset,
+)
+from llama2cli.nn.config import SCORER, ModelConfig
 from llama2cli.nn.model import KVCache, Llama
 from llama2cli.text.tokenizer import Tokenizer, train
 
@@ -372,6 +381,203 @@ def test_a_reward_model_is_refused_by_name(tmp_path: Path) -> None:
     transformers_model(kind=LlamaForSequenceClassification, num_labels=1, pad_token_id=0).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="reward model or classifier, a language model is wanted"):
         load_model(tmp_path)
+
+
+# --- reward models ------------------------------------------------------------------------------------------------
+
+
+def reward_model(config: ModelConfig = GQA, **more: Any) -> Any:
+    return transformers_model(config, LlamaForSequenceClassification, **{"num_labels": 1, "pad_token_id": 0} | more)
+
+
+def reward(config: ModelConfig = GQA) -> Llama:
+    model = Llama(config, scorer=True)
+    model.init_weights(seed=1, std=0.3)
+    return model
+
+
+DIALOGUES = [[1, 20, 33, 2], [1, 7, 2, 1, 250, 99, 6, 7, 2], [1, 299, 5, 6, 0, 8]]  # the last has no EOS
+
+
+@torch.no_grad()
+def their_scores(model: Any) -> Tensor:
+    """One by one, which has to be what a padded batch gives."""
+    alone = torch.cat([model(torch.tensor([ids])).logits[:, 0] for ids in DIALOGUES])
+    width = max(map(len, DIALOGUES)) + 2
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in DIALOGUES])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in DIALOGUES])
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[:, 0], alone, rtol=1e-5, atol=1e-6)
+    return alone
+
+
+@torch.no_grad()
+def our_scores(model: Llama) -> Tensor:
+    return torch.stack([model.scores(model(torch.tensor([ids]))[0, -1]) for ids in DIALOGUES])
+
+
+@pytest.mark.parametrize("config", [GQA, TIED], ids=["GQA", "tied"])
+@pytest.mark.parametrize("shard", [10**9, 50_000], ids=["one file", "shards"])
+def test_transformers_scores_ours_the_same(
+    config: ModelConfig, shard: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    ours = reward(config)
+    folder = saved(ours, tmp_path / "ours", tokenizer, max_shard_bytes=shard, score_offset=0.25)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard < 10**9)
+    theirs, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert type(theirs) is LlamaForSequenceClassification and theirs.dtype == torch.float32
+    assert (theirs.config.num_labels, theirs.config.pad_token_id, theirs.config.problem_type) == (1, 0, None)
+    assert AutoTokenizer.from_pretrained(folder).pad_token_id == 0
+    torch.testing.assert_close(their_scores(theirs), our_scores(ours), rtol=1e-5, atol=1e-6)  # without the offset
+    assert not (folder / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("config", [GQA, TIED], ids=["GQA", "tied"])
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+def test_scores_transformers_models_the_same(config: ModelConfig, shard: str, tmp_path: Path) -> None:
+    theirs = reward_model(config)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert load_config(tmp_path, SCORER) == config and is_scorer(tmp_path) and score_offset(tmp_path) == 0.0
+    ours = load_model(tmp_path, scorer=True)
+    torch.testing.assert_close(our_scores(ours), their_scores(theirs), rtol=1e-5, atol=1e-6)
+    assert {p.name: p.shape for p in checkpoint.parts(config, scorer=True)} == {
+        n: tuple(p.shape) for n, p in theirs.named_parameters()
+    }
+
+
+def test_a_reward_model_s_round_trip_is_bitwise(tmp_path: Path) -> None:
+    ours = reward(TIED)
+    a = saved(ours, tmp_path / "a", score_offset=-1.5)
+    again = load_model(a, scorer=True)
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters(), strict=True))
+    b = saved(again, tmp_path / "b", score_offset=score_offset(a))
+    assert all(f.read_bytes() == (b / f.name).read_bytes() for f in a.iterdir())
+    half = load_model(saved(ours, tmp_path / "half", save_dtype="bf16"), scorer=True)
+    assert torch.equal(half.score, ours.score.bfloat16().float())
+
+
+def test_a_language_model_becomes_a_reward_model(folder: Path, tmp_path: Path) -> None:
+    model = reward()
+    score = model.score.clone()
+    assert load_into(model, folder) is False
+    assert torch.equal(model.score, score)
+    torch.testing.assert_close(model(IDS), load_model(folder)(IDS))
+    other = reward(ModelConfig(**{**GQA.__dict__, "tie_word_embeddings": True}))  # means nothing without a head
+    other.init_score(seed=8)
+    assert load_into(other, saved(model, tmp_path / "rm")) is True
+    assert torch.equal(other.score, score) and torch.equal(our_scores(other), our_scores(model))
+    assert load_into(load_model(folder), folder) is True
+    with pytest.raises(DataError, match="reward model or classifier, a language model is wanted"):
+        load_into(Llama(GQA), tmp_path / "rm")
+    with pytest.raises(DataError, match="language model, a reward model is wanted"):
+        load_model(folder, scorer=True)
+
+
+def test_a_sharded_reward_model(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    whole = reward()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = Llama(GQA, scorer=True)
+        fully_shard(model)
+        model.to_empty(device="cpu")
+        model.init_weights(seed=1, std=0.3)
+        model.init_score(seed=9)
+        whole.init_score(seed=9)
+        a, b = saved(model, tmp_path / "a"), saved(whole, tmp_path / "b")
+        assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+        model.init_score(seed=1)
+        assert load_into(model, b) is True
+        assert torch.equal(model.score.full_tensor(), whole.score)
+    finally:
+        dist.destroy_process_group()
+
+
+SCORE = "score.weight"
+WRONG_REWARD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "two labels by the shape": (  # transformers leaves its default of two out of config.json
+        lambda f: edit(f, lambda t: t.update({SCORE: torch.ones(2, 48)})),
+        "score.weight: a reward model has one label, this classifier 2",
+    ),
+    "three names": (
+        lambda f: edit_config(f, id2label={"0": "a", "1": "b", "2": "c"}),
+        "config.json:id2label: a reward model has one label, this classifier 3",
+    ),
+    "five labels": (lambda f: edit_config(f, num_labels=5), "config.json:num_labels: a reward model has one label"),
+    "labels are no number": (lambda f: edit_config(f, num_labels="one"), 'this classifier "one"'),
+    "no score": (lambda f: edit(f, lambda t: t.pop(SCORE)), "tensor 'score.weight' is missing"),
+    "score of another width": (
+        lambda f: edit(f, lambda t: t.update({SCORE: torch.ones(1, 47)})),
+        "score.weight: expected shape [1, 48] by config.json, got [1, 47]",
+    ),
+    "a head": (
+        lambda f: edit(f, lambda t: t.update({"lm_head.weight": torch.ones(300, 48)})),
+        "'lm_head.weight' is not a tensor of a Llama 2 reward model",
+    ),
+    "a bias": (lambda f: edit(f, lambda t: t.update({"score.bias": torch.ones(1)})), "did you mean"),
+    "not finite": (
+        lambda f: edit(f, lambda t: t.update({SCORE: torch.full((1, 48), float("nan"))})),
+        "score.weight: 48 of 48 values are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_REWARD)
+@pytest.mark.parametrize("tied", [False, True])
+def test_wrong_reward_models_are_refused_in_one_line(case: str, tied: bool, tmp_path: Path) -> None:
+    reward_model(ModelConfig(**{**GQA.__dict__, "tie_word_embeddings": tied})).save_pretrained(tmp_path)
+    change, expected = WRONG_REWARD[case]
+    change(tmp_path)
+    for read in (lambda: load_model(tmp_path, scorer=True), lambda: load_into(Llama(GQA, scorer=True), tmp_path)):
+        with pytest.raises(DataError) as caught:
+            read()
+        message = str(caught.value)
+        assert str(tmp_path) in message and expected in message and "\n" not in message
+
+
+def test_a_classifier_of_two_labels_from_transformers(tmp_path: Path) -> None:
+    reward_model(num_labels=2).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="a reward model has one label, this classifier 2"):
+        load_model(tmp_path, scorer=True)
+
+
+@pytest.mark.parametrize("value", ["0.5", True, None, [1.0]])
+def test_a_score_offset_is_a_finite_number(value: Any, tmp_path: Path) -> None:
+    folder = saved(reward(), tmp_path / "a", score_offset=0.5)
+    assert score_offset(folder) == json.loads((folder / "config.json").read_text())["score_offset"] == 0.5
+    assert "score_offset" not in json.loads((saved(reward(), tmp_path / "b") / "config.json").read_text())
+    edit_config(folder, score_offset=value)
+    with pytest.raises(DataError, match=r"config\.json:score_offset: expected a finite number, got"):
+        score_offset(folder)
+    edit_config(folder, score_offset=3)
+    assert score_offset(folder) == 3.0
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"score_offset": 3', '"score_offset": 1e999'))
+    with pytest.raises(DataError, match=r"config\.json"):
+        score_offset(folder)
+
+
+def test_an_offset_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="score_offset"):
+        saved(reward(), tmp_path / "a", score_offset=float("nan"))
+    with pytest.raises(ValueError, match="score_offset"):
+        saved(Llama(GQA), tmp_path / "b", score_offset=1.0)
+
+
+def test_padding_by_eos_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There transformers reads the score before EOS: it is another model than ours, and nobody would see why."""
+    theirs = reward_model(pad_token_id=2)
+    theirs.save_pretrained(tmp_path)
+    capsys.readouterr()
+    ours = load_model(tmp_path, scorer=True)
+    told = capsys.readouterr().err
+    assert "pad_token_id is 2" in told and told.count("\n") == 1
+    with torch.no_grad():
+        ids = torch.tensor([DIALOGUES[0]])
+        assert torch.allclose(theirs(ids).logits[0], ours.scores(ours(ids))[0, -2], atol=1e-5)
 
 
 def test_a_tokenizer_of_another_size(tokenizer: Tokenizer) -> None:

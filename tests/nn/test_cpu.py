@@ -28,25 +28,40 @@ def segments_of(kind: str, B: int, T: int) -> Tensor | None:
     }[kind]
 
 
+def branches_of(kind: str, B: int, T: int) -> Tensor | None:
+    return {
+        "one text": None,
+        "trees": torch.randint(0, 4, (B, T)).sort(1).values,  # the trunk, then the answers
+        "mixed": torch.randint(-1, 3, (B, T)),  # trunk tokens that come back, a branch below 0
+        "no trunk": torch.full((B, T), 7),
+    }[kind]
+
+
 def with_gradients(out: Tensor, leaves: list[Tensor], direction: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad((out * direction).sum(), leaves)]
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "computed again"])
-@pytest.mark.parametrize("kind", ["none", "packed", "mixed", "alone"])
+@pytest.mark.parametrize(
+    ("kind", "tree"),
+    [
+        ("none", "one text"),
+        *((k, t) for k in ("packed", "mixed", "alone") for t in ("one text", "trees", "mixed", "no trunk")),
+    ],
+)
 @pytest.mark.parametrize("shape", [(2, 7, 2, 2, 4), (3, 50, 4, 2, 6), (2, 33, 3, 1, 8), (1, 16, 1, 1, 2)])
 def test_attention_and_its_gradients(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int, int], kind: str, keep: bool
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int, int], kind: str, tree: str, keep: bool
 ) -> None:
     monkeypatch.setattr(cpu, "BLOCK", 8)  # several blocks, the last one not full
     monkeypatch.setattr(cpu, "BLOCKS", 3)
     monkeypatch.setattr(cpu, "SAVE_BYTES", 1 << 30 if keep else 0)
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 1 << 13)  # several slices of rows or heads
     torch.manual_seed(0)
-    leaves, segments = qkv(*shape), segments_of(kind, *shape[:2])
+    leaves, segments, branches = qkv(*shape), segments_of(kind, *shape[:2]), branches_of(tree, *shape[:2])
     direction = torch.randn_like(leaves[0])
-    got = with_gradients(cpu.attention(*leaves, segments), leaves, direction)
-    want = with_gradients(ops.plain_attention(*leaves, segments), leaves, direction)
+    got = with_gradients(cpu.attention(*leaves, segments, branches), leaves, direction)
+    want = with_gradients(ops.plain_attention(*leaves, segments, branches), leaves, direction)
     for a, b in zip(got, want):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
@@ -55,6 +70,8 @@ def test_attention_passes_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "BLOCK", 4)
     leaves, segments = qkv(1, 7, 2, 1, 2), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
     assert torch.autograd.gradcheck(lambda *x: cpu.attention(*x, segments), leaves)
+    branches = torch.tensor([[0, 1, 2, 0, 0, 1, 2]])
+    assert torch.autograd.gradcheck(lambda *x: cpu.attention(*x, segments, branches), leaves)
 
 
 def test_recomputed_probabilities_are_the_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +116,20 @@ def test_bf16_attention_is_nearly_as_exact_as_torch_s(T: int, bounds: tuple[floa
     for a, b, truth, times in zip(ours, torchs, want, bounds):  # o, dq, dk, dv
         assert a.dtype == torch.bfloat16
         assert (a - truth).norm() < times * (b - truth).norm()
+
+
+def test_bf16_attention_over_trees() -> None:
+    torch.manual_seed(0)
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in qkv(2, 300, 4, 2, 32)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    segments = torch.tensor([[0] * 120 + [1] * 180, [0] * 290 + [1] * 10])
+    branches = torch.tensor([[0] * 40 + [1] * 50 + [2] * 30 + [0] * 20 + [1] * 60 + [2] * 100, [0] * 50 + [1] * 250])
+    direction = torch.randn_like(exact[0]).bfloat16()
+    want = with_gradients(ops.plain_attention(*exact, segments, branches), exact, direction.double())
+    for form in (cpu.attention, ops.plain_attention):
+        got = with_gradients(form(*rounded, segments, branches), rounded, direction)
+        for a, truth in zip(got, want):
+            assert a.dtype == torch.bfloat16 and (a - truth).norm() < 1e-2 * truth.norm()
 
 
 def test_without_gradients_no_probabilities_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

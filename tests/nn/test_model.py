@@ -119,6 +119,83 @@ def test_packed_segments_are_separate_texts(path: str) -> None:
     close(ours.logits(ours(ids, None, segments))[0], want)  # rotary positions are relative
 
 
+def tree_rows(config: ModelConfig, seed: int = 0) -> tuple[list[list[Tensor]], dict[str, Tensor], list[Tensor]]:
+    """Trees of a trunk and answers, packed in two padded rows: (whole texts of each tree, arguments, place of each)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(n: int) -> Tensor:
+        return torch.randint(0, config.vocab_size, (n,), generator=generator)
+
+    rows = [[(7, [5, 1, 9]), (3, [2, 4])], [(4, [6, 6]), (9, []), (1, [1, 2, 3, 1])]]  # a text without answers too
+    width, texts, places = 40, [], []
+    names = ("ids_BT", "positions_BT", "segments_BT", "branches_BT")
+    laid = {name: torch.zeros(len(rows), width, dtype=torch.long) for name in names}
+    laid["segments_BT"] -= 1  # what is left of a row is a segment of its own
+    for b, trees in enumerate(rows):
+        at = 0
+        for segment, (trunk, answers) in enumerate(trees):
+            pieces = [words(n) for n in (trunk, *answers)]
+            texts.append([torch.cat([pieces[0], p]) for p in pieces[1:]] or [pieces[0]])
+            trunk_places, starts = torch.arange(at, at + trunk) + b * width, []
+            for branch, piece in enumerate(pieces):
+                end, first = at + len(piece), trunk if branch else 0
+                laid["ids_BT"][b, at:end] = piece
+                laid["positions_BT"][b, at:end] = torch.arange(first, first + len(piece))
+                laid["segments_BT"][b, at:end] = segment
+                laid["branches_BT"][b, at:end] = branch
+                starts.append(torch.arange(at, end) + b * width)
+                at = end
+            places += [torch.cat([trunk_places, s]) for s in starts[1:]] or [trunk_places]
+    return texts, laid, places
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("shape", ["MHA", "GQA", "MQA, another base"])
+def test_a_tree_is_its_texts(shape: str, recompute: bool, path: str) -> None:
+    """A trunk once and several answers: hidden states and gradients of transformers on each whole text alone."""
+    theirs, ours = pair(SHAPES[shape])
+    ours.checkpoint_layers = recompute
+    trees, laid, places = tree_rows(SHAPES[shape])
+    texts = [text for tree in trees for text in tree]
+    logits = ours.logits(ours(**laid)).flatten(0, 1)
+    total = torch.zeros(())
+    for i, (text, place) in enumerate(zip(texts, places, strict=True)):
+        want = theirs(text[None]).logits[0]
+        close(logits[place], want)
+        weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(i))
+        (want * weights).sum().backward()
+        total = total + (logits[place] * weights).sum()
+    total.backward()
+    close_gradients(ours, theirs)
+
+
+def test_a_tree_in_bf16(path: str) -> None:
+    _, ours = pair(SHAPES["GQA"])
+    _, laid, places = tree_rows(SHAPES["GQA"])
+    real = torch.cat(places)
+    want = ours(**laid).flatten(0, 1)[real]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ours(**laid).flatten(0, 1)[real]
+    assert (got - want).norm() < 0.03 * want.norm()
+
+
+def test_branches_want_segments_and_positions() -> None:
+    _, ours = pair(SHAPES["MHA"])
+    zeros = torch.zeros(1, 3, dtype=torch.long)
+    for given in ({}, {"segments_BT": zeros}, {"positions_BT": zeros}):
+        with pytest.raises(ValueError, match="branches want segments and positions"):
+            ours(zeros, branches_BT=zeros, **given)
+
+
+def test_a_packed_row_may_be_longer_than_the_context() -> None:
+    _, ours = pair(SHAPES["MHA"])
+    ids = torch.randint(0, 101, (1, 120))
+    positions, segments = torch.arange(60).repeat(2)[None], torch.arange(120)[None] // 60
+    close(ours(ids, positions, segments)[0, 60:], ours(ids[:, 60:])[0])
+    with pytest.raises(IndexError):
+        ours(ids, positions + 5, segments)
+
+
 def test_a_token_sees_only_the_past() -> None:
     config = SHAPES["MHA"]
     _, ours = pair(config)
@@ -239,6 +316,47 @@ def test_initial_weights() -> None:
     assert not torch.equal(model.layers[0].qkv, model.layers[1].qkv)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_has_a_score_and_no_head(tied: bool) -> None:
+    config = ModelConfig(300, 1024, 32, 1, 4, 4, 64, tie_word_embeddings=tied)
+    lm, model = Llama(config), Llama(config, scorer=True)
+    model.init_weights(seed=3)
+    lm.init_weights(seed=3)
+    ours, theirs = dict(model.named_parameters()), dict(lm.named_parameters())
+    assert model.scorer and not lm.scorer
+    assert ours.keys() == (theirs.keys() | {"score"}) - {"head"}
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours.keys() & theirs.keys())
+    assert model.score.shape == (1, 1024) and model.score.std().item() == pytest.approx(1025**-0.5, rel=0.06)
+    first, embed = model.score.clone(), model.embed.clone()
+    model.init_score(seed=4)
+    assert not torch.equal(model.score, first) and torch.equal(model.embed, embed)
+    model.init_score(seed=3)
+    assert torch.equal(model.score, first)
+    model.init_score(seed=3, std=0.5)
+    assert torch.allclose(model.score, first * 0.5 * 1025**0.5)
+
+
+def test_each_kind_of_model_refuses_the_other_s_head() -> None:
+    lm, model, hidden = Llama(SHAPES["MHA"]), Llama(SHAPES["MHA"], scorer=True), torch.zeros(1, 32)
+    with pytest.raises(ValueError, match="no output table"):
+        model.logits(hidden)
+    with pytest.raises(ValueError, match="has no score"):
+        lm.scores(hidden)
+    with pytest.raises(ValueError, match="has no score"):
+        lm.init_score()
+
+
+def test_scores_are_fp32_under_autocast() -> None:
+    model = Llama(SHAPES["MHA"], scorer=True)
+    model.init_weights(seed=1)
+    hidden = torch.randn(2, 3, 32)
+    want = (hidden.double() @ model.score[0].double()).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model.scores(hidden)
+    assert got.shape == (2, 3) and got.dtype == torch.float32 and torch.allclose(got, want, atol=1e-6)
+    assert model.scores(hidden.bfloat16()).dtype == torch.float32
+
+
 def test_initial_weights_do_not_depend_on_the_global_generator_or_change_it() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -317,3 +435,7 @@ def test_compiled_blocks(recompute: bool) -> None:
     for name in grads:
         close(compiled_grads[name], grads[name])
     close(ours.logits(ours(ids)), theirs(ids).logits)
+    _, laid, places = tree_rows(config)
+    _, plain = pair(config)
+    real = torch.cat(places)
+    close(ours(**laid).flatten(0, 1)[real], plain(**laid).flatten(0, 1)[real])

@@ -36,29 +36,42 @@ def form(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def written_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
+def written_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, branches: Tensor | None) -> Tensor:
     """Query by query, key by key, in fp64."""
+
+    def sees(b: int, t: int, s: int) -> bool:
+        same = segments is None or segments[b, s] == segments[b, t]
+        return bool(same and (branches is None or branches[b, s] in (0, branches[b, t])))
+
     B, T, H, K = q.shape
     out = torch.zeros(B, T, H, K, dtype=torch.double)
     for b in range(B):
         for h in range(H):
             g = h * k.shape[2] // H
             for t in range(T):
-                seen = [s for s in range(t + 1) if segments is None or segments[b, s] == segments[b, t]]
+                seen = [s for s in range(t + 1) if sees(b, t, s)]
                 scores = torch.stack([q[b, t, h] @ k[b, s, g] for s in seen]) / math.sqrt(K)
                 out[b, t, h] = scores.softmax(0) @ torch.stack([v[b, s, g] for s in seen])
     return out
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("segmented", [False, True])
-def test_attention_is_the_written_out_sum(form: str, heads: tuple[int, int], segmented: bool) -> None:
+@pytest.mark.parametrize("layout", ["one text", "segments", "branches"])
+def test_attention_is_the_written_out_sum(form: str, heads: tuple[int, int], layout: str) -> None:
     H, G = heads
     q, k, v = (torch.randn(2, 9, n, 4) for n in (H, G, G))
-    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 0, 5, 0, 5, 5, 0, 0, 5]]) if segmented else None
-    got = ops.attention(q, k, v, segments_BT=segments)
-    want = written_attention(q.double(), k.double(), v.double(), segments)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 0, 5, 0, 5, 5, 0, 0, 5]])
+    answers = torch.tensor([[0, 1, 2, 0, 3, 0, 0, 9, 1], [0, 0, 1, 1, 2, 1, 2, 1, 0]])
+    segments, branches = ids if layout != "one text" else None, answers if layout == "branches" else None
+    got = ops.attention(q, k, v, segments_BT=segments, branches_BT=branches)
+    want = written_attention(q.double(), k.double(), v.double(), segments, branches)
     assert torch.allclose(got.double(), want, atol=1e-5)
+
+
+def test_branches_without_segments(form: str) -> None:
+    q = torch.randn(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="give both"):
+        ops.attention(q, q, q, branches_BT=torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_attention_of_one_token_is_its_value(form: str) -> None:
