@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from hashlib import sha256
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -22,11 +22,14 @@ from llama2cli import console
 from llama2cli.errors import DataError, did_you_mean
 
 Record = dict[str, Any]
+S = TypeVar("S", bound=Struct)
 Natural = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0)]
 Unit = Annotated[float, Meta(ge=0, le=1)]
 Bit = Literal[0, 1]
 Five = Literal[1, 2, 3, 4, 5]
+Rating = Literal["significantly", "better", "slightly", "negligibly"]
+RATINGS: tuple[str, ...] = get_args(Rating)
 
 GROUPS = (
     "model", "round", "batch", "turn", "category", "attack", "rating", "temperature", "k", "source", "task", "weights",
@@ -125,7 +128,7 @@ class Comparison(Struct):
     chosen: list[Message]
     rejected: list[Message]
     prompt: list[Message] | UnsetType = UNSET
-    rating: Literal["significantly", "better", "slightly", "negligibly"] | UnsetType = UNSET
+    rating: Rating | UnsetType = UNSET
     safety: Literal["chosen_safe", "both_safe", "both_unsafe", "rejected_safe"] | UnsetType = UNSET
     batch: int | UnsetType = UNSET
     source: str | UnsetType = UNSET
@@ -204,18 +207,18 @@ class Wrong(Exception):
 
 
 def _dialogue(record: Record) -> Record:
-    _take_turns(record["messages"], "messages")
+    take_turns(record["messages"], "messages")
     return record
 
 
 def _prompt(record: Record) -> Record:
-    _take_turns(record["messages"], "messages", end="user")
+    take_turns(record["messages"], "messages", end="user")
     return record
 
 
 def _request(record: Record) -> Record:
     if "messages" in record:
-        _take_turns(record["messages"], "messages")
+        take_turns(record["messages"], "messages")
         if record["messages"][-1]["role"] == "assistant":
             fix = "take the last message off to have it answered anew"
             raise Wrong(f"messages[{len(record['messages']) - 1}].role", f"the dialogue is answered already; {fix}")
@@ -227,12 +230,12 @@ def _request(record: Record) -> Record:
 
 
 def _answered(record: Record) -> Record:
-    _take_turns(record["messages"], "messages", end="assistant")
+    take_turns(record["messages"], "messages", end="assistant")
     return record
 
 
 def _pair(record: Record) -> Record:
-    _take_turns(record["prompt"], "prompt", end="user")
+    take_turns(record["prompt"], "prompt", end="user")
     for i, response in enumerate(record["responses"]):
         if response["message"]["role"] != "assistant":
             raise Wrong(f"responses[{i}].message.role", f'expected assistant, got "{response["message"]["role"]}"')
@@ -243,9 +246,9 @@ def _comparison(record: Record) -> Record:
     """The form without a prompt becomes the form with one: the longest common beginning of the two dialogues."""
     if "prompt" not in record:
         record = _split_prompt(record)
-    _take_turns(record["prompt"], "prompt", end="user")
-    _take_turns(record["chosen"], "chosen", before="user", end="assistant")
-    _take_turns(record["rejected"], "rejected", before="user", end="assistant")
+    take_turns(record["prompt"], "prompt", end="user")
+    take_turns(record["chosen"], "chosen", before="user", end="assistant")
+    take_turns(record["rejected"], "rejected", before="user", end="assistant")
     return record
 
 
@@ -269,7 +272,7 @@ def _any(record: Record) -> Record:
     return record
 
 
-def _take_turns(messages: Sequence[Record], field: str, before: str = "", end: str = "") -> None:
+def take_turns(messages: Sequence[Record], field: str, before: str = "", end: str = "") -> None:
     """Raise Wrong unless the system comes first and user and assistant take turns.
 
     before: the role of the message before the first of these. end: the role that the last must have.
@@ -301,8 +304,8 @@ def _take_turns(messages: Sequence[Record], field: str, before: str = "", end: s
 def _split_prompt(record: Record) -> Record:
     """A comparison of two whole dialogues with their common beginning as `prompt`; equal ones part at the end."""
     chosen, rejected = record["chosen"], record["rejected"]
-    _take_turns(chosen, "chosen", end="assistant")
-    _take_turns(rejected, "rejected", end="assistant")
+    take_turns(chosen, "chosen", end="assistant")
+    take_turns(rejected, "rejected", end="assistant")
     n = 0
     while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
         n += 1
@@ -408,6 +411,14 @@ def _warn_misspelt(names: Sequence[str], shape: type[Struct], place: Iterable[ob
             console.warn(f"{where}: {what}" if where else what, what)
 
 
+def conform(record: Record, shape: type[S]) -> S:
+    """The record as a Struct, for a reader of other people's forms. Raises Wrong, which names the field."""
+    try:
+        return msgspec.convert(record, shape)
+    except msgspec.ValidationError as e:
+        raise Wrong(*_explain(str(e), record, shape)) from None
+
+
 def _without_nulls(value: Any, shape: Any) -> Any:
     """The same without fields that are null and may be missing; lists of messages too."""
     if get_origin(shape) is Annotated:
@@ -422,9 +433,9 @@ def _without_nulls(value: Any, shape: Any) -> Any:
 
 
 def _present(hint: Any) -> Any:
-    """The type of a field that is there: `X | UnsetType` -> X."""
-    if get_origin(hint) in (Union, UnionType) and UnsetType in get_args(hint):
-        return next(t for t in get_args(hint) if t is not UnsetType)
+    """The type of a field that is there: `X | UnsetType`, `X | None`, `str | X` -> X."""
+    if get_origin(hint) in (Union, UnionType):
+        return next((t for t in get_args(hint) if t not in (UnsetType, NoneType, str)), hint)
     return hint
 
 
@@ -444,8 +455,8 @@ def _explain(error: str, record: Any, shape: type[Struct]) -> tuple[str, str]:
     message, _, path = error.partition(" - at `")
     path = path.strip("`$.")
     there, expected = _value_at(record, path), _type_at(shape, path)
-    if missing := re.fullmatch(r"Object missing required field `(.*)`", message):
-        return path, _missing(missing[1], list(there))
+    if lacks := re.fullmatch(r"Object missing required field `(.*)`", message):
+        return path, missing(lacks[1], list(there))
     if get_origin(expected) is Literal:
         allowed = [str(value) for value in get_args(expected)]
         close = did_you_mean(there, allowed) if isinstance(there, str) else ""
@@ -466,7 +477,7 @@ def _name(types: str) -> str:
     return " or ".join(NAMES.get(t, t) for t in types.split(" | "))
 
 
-def _missing(field: str, keys: list[str]) -> str:
+def missing(field: str, keys: list[str]) -> str:
     """What to say of a field that is not among the keys of its object."""
     form = next((FORMS[k] for k in FORMS if k in keys), None) if field == "messages" else None
     if form:
@@ -481,7 +492,7 @@ def _missing(field: str, keys: list[str]) -> str:
 
 def _steps(path: str) -> list[str | int]:
     """`messages[1].role` -> ["messages", 1, "role"]."""
-    return [int(index) if index else name for name, index in re.findall(r"(\w+)(?![\w\]])|\[(\d+)\]", path)]
+    return [int(index) if index else name for index, name in re.findall(r"\[(\d+)\]|([^.\[\]]+)", path)]
 
 
 def _value_at(record: Any, path: str) -> Any:
@@ -494,7 +505,11 @@ def _value_at(record: Any, path: str) -> Any:
 def _type_at(shape: Any, path: str) -> Any:
     """The type of a field of a kind, without bounds and without UnsetType."""
     for step in _steps(path):
-        shape = _present(get_type_hints(shape)[step]) if isinstance(step, str) else get_args(shape)[0]
+        if isinstance(step, str):
+            names = dict(zip(shape.__struct_encode_fields__, shape.__struct_fields__))
+            shape = _present(get_type_hints(shape)[names[step]])
+        else:
+            shape = get_args(shape)[0]
     return shape
 
 
