@@ -28,6 +28,7 @@ COMMANDS = {
     "pretrain": "train a Llama from scratch, or go on from a checkpoint, on token shards",
     "sft": "fine-tune on dialogues: the answers are trained",
     "rm-train": "train a reward model on comparisons, or a classifier on labelled dialogues",
+    "score": "how good answers are, by reward models and classifiers",
     "generate": "answer prompts, continue documents or plain text lines",
     "chat": "a conversation in the terminal",
     "convert": "Meta checkpoints to Hugging Face folders and back",

@@ -21,8 +21,13 @@ LOGIT_THRESHOLD = math.log(THRESHOLD / (1 - THRESHOLD))  # -1.7346
 def piecewise(help_logit_N: Tensor, safe_logit_N: Tensor, unsafe_N: Tensor) -> Tensor:
     """[N] the safety logit where the prompt is tagged unsafe or that logit is below logit(0.15), else the other one.
 
-    unsafe_N: bool, the paper's is_safety(p). A safety logit that equals the threshold, rounded to its own type, is not
-    below it. A safety logit that is NaN is not below either: scores are seen to be finite where they are made.
+    unsafe_N: the paper's is_safety(p), bool or 0 and 1. Scores are finite: that is seen to where they are made.
     """
+    return torch.where(by_safety(safe_logit_N, unsafe_N), safe_logit_N, help_logit_N)
+
+
+def by_safety(safe_logit_N: Tensor, unsafe_N: Tensor) -> Tensor:
+    """[N] bool: whether `piecewise` takes the safety logit. One that equals the threshold, rounded to its own type, is
+    not below it."""
     below_N = safe_logit_N < torch.tensor(LOGIT_THRESHOLD, dtype=safe_logit_N.dtype, device=safe_logit_N.device)
-    return torch.where(unsafe_N.bool() | below_N, safe_logit_N, help_logit_N)
+    return unsafe_N.bool() | below_N

@@ -20,6 +20,10 @@ import pytest
 
 from llama2cli import cli
 from llama2cli.nn import ops
+from llama2cli.nn.checkpoint import load_config, load_into, save_model
+from llama2cli.nn.model import Llama
+from llama2cli.text.folders import resolve_model
+from llama2cli.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHORTER = {"pretrain": "--steps 3 --save-every 3 --eval-tokens 500", "generate": "--max-new-tokens 8"}
@@ -44,9 +48,19 @@ def comparison(i: int) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **labels}
 
 
+def reward_model(source: Path, folder: Path) -> None:
+    """A folder of a reward model that was not trained, on the trunk of a run."""
+    model = Llama(load_config(source), scorer=True)
+    load_into(model, source)
+    model.init_score()
+    folder.mkdir()
+    save_model(folder, model, Tokenizer.load(source))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tok.model, tokens/books, tokens/web, run, llama-2-7b (small, but in Meta's format), records."""
+    """A folder with tok.model, tokens/books, tokens/web, run, llama-2-7b (small, but in Meta's format), rm-help and
+    rm-safe (on run's trunk), records."""
     folder = tmp_path_factory.mktemp("made")
     alice, holmes = (str(ROOT / "examples" / "data" / f"{n}.txt.gz") for n in ("alice", "sherlock_holmes"))
     model, run = str(folder / "tok.model"), str(folder / "run")
@@ -64,6 +78,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert cli.invoke([*args, *quiet]) == 0, args
     ops.restore(before)
     shutil.copy(model, folder / "tokenizer.model")
+    for name in ("rm-help", "rm-safe"):
+        reward_model(resolve_model(run), folder / name)
     dialogue = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, you."}]}
     (folder / "dialogues.jsonl").write_text(json.dumps(dialogue) + "\n")
     (folder / "comparisons.jsonl").write_text("".join(json.dumps(comparison(i)) + "\n" for i in range(8)))
