@@ -328,10 +328,11 @@ def save_model(
     extra_files: Mapping[str, bytes] | None = None,
     writes: bool = True,
     score_offset: float = 0.0,
+    chat_template: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face folder into `folder`, which exists; the same model gives the same bytes.
 
-    score_offset: of a reward model, see the function of this name.
+    score_offset: of a reward model, see the function of this name. chat_template: for transformers' tokenizer.
     A sharded model (FSDP2) is gathered parameter by parameter: every rank calls this, only one has `writes`. Extra
     files (name and content) replace ours of the same name. The caller publishes the folder (`folders.publish_folder`).
     """
@@ -357,6 +358,7 @@ def save_model(
             extra_files,
             scorer=model.scorer,
             score_offset=score_offset,
+            chat_template=chat_template,
         )
     else:
         for part in parts(model.config, model.scorer):
@@ -374,6 +376,7 @@ def write_folder(
     *,
     scorer: bool = False,
     score_offset: float = 0.0,
+    chat_template: str | None = None,
 ) -> None:
     """Write a Hugging Face folder whose tensors are asked for one after another, in the order of `parts`.
 
@@ -389,7 +392,8 @@ def write_folder(
         for name, data in (files | dict(extra_files or {})).items():
             Path(folder, name).write_bytes(data)
         if tokenizer is not None:
-            write_tokenizer_files(folder, tokenizer, context=config.max_position_embeddings)
+            context = config.max_position_embeddings
+            write_tokenizer_files(folder, tokenizer, context=context, chat_template=chat_template)
         write_weights(folder, parts(config, scorer), tensor_of, save_dtype, max_shard_bytes)
     except OSError as e:
         raise DataError(f"cannot be written ({e.strerror})", folder) from None

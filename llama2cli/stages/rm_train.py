@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llama2cli import console, provenance
 from llama2cli.errors import DataError, Failure, Misuse, did_you_mean
 from llama2cli.settings import Training, flag
+from llama2cli.text.chat import TEMPLATE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -299,7 +300,7 @@ def prepare(settings: Settings, world: World) -> Job:
         told=("step", "loss", "accuracy", "heldout_loss", "heldout_accuracy", "epochs"),
         tracked=tracked(settings.objective, safety_weight),
         scorer=True,
-        saved=lambda metrics: {"score_offset": metrics.get("score_offset", 0.0)},
+        saved=lambda metrics: {"score_offset": metrics.get("score_offset", 0.0), "chat_template": TEMPLATE},
     )
     return Job(what, rows, apart, report, work)
 

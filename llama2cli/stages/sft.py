@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llama2cli import console, provenance
 from llama2cli.errors import DataError
 from llama2cli.settings import Training, flag
+from llama2cli.text.chat import TEMPLATE
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +209,7 @@ def prepare(settings: Settings, world: World) -> Job:
         evaluate=evaluate if apart else None,
         describe=lambda metrics: f"A Llama of {size}, fine-tuned on dialogues ({metrics['epochs']:.2f} epochs).",
         told=("step", "loss", "heldout_loss", "epochs"),
+        saved=lambda metrics: {"chat_template": TEMPLATE},
     )
     return Job(rows, apart, report, work)
 

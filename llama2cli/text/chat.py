@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+# The same for transformers' `apply_chat_template`. It reads "</s>" in a content as EOS; nothing here does.
+TEMPLATE = (
+    "{% set start = 1 if messages[0]['role'] == 'system' else 0 %}{% for message in messages[start:] %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('user and assistant must take turns') }}{% endif %}"
+    "{% set text = message['content'] %}{% if loop.first and start %}"
+    "{% set text = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' + text %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + text.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 TAGS = re.compile(r"\[/?INST\]|<</?SYS>>")
 
 Tags = Literal["escape", "refuse", "keep"]
@@ -134,6 +144,9 @@ def rounds(
     tokenizer: Tokenizer, messages: Sequence[Message], tags: Tags, place: Sequence[object] = ()
 ) -> tuple[list[str], list[str], list[int], int]:
     """The texts of the user turns (the system prompt folded in) and of the answers, their weights, and escapes done."""
+    if tokenizer.foreign_template:
+        fix = "take chat_template out to have dialogues encoded as Llama 2's all the same"
+        raise DataError(f"is of another chat format than Llama 2's; {fix}", tokenizer.foreign_template)
     users: list[str] = []
     answers: list[str] = []
     weights: list[int] = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 import re
 from array import array
@@ -45,6 +46,7 @@ class Tokenizer:
     def __init__(self, proto: bytes, name: str = "tokenizer.model") -> None:
         """proto: the bytes of a `.model` file; name: how errors call it. Raises DataError for another family's."""
         self.proto, self.name = proto, name
+        self.foreign_template: Path | None = None  # the file with a chat template that is not Llama 2's
         self.spec = check(proto, name)
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size = len(self.spec.pieces)
@@ -66,9 +68,11 @@ class Tokenizer:
         """
         file = find(Path(path))
         try:
-            return cls(file.read_bytes(), str(file))
+            tokenizer = cls(file.read_bytes(), str(file))
         except OSError as e:
             raise DataError(e.strerror or "cannot be read", file) from None
+        tokenizer.foreign_template = foreign_template(file.parent)
+        return tokenizer
 
     @property
     def exact(self) -> bool:
@@ -154,6 +158,28 @@ def check(proto: bytes, name: str) -> sp_proto.Spec:
     if kinds != [sp_proto.UNKNOWN, sp_proto.CONTROL, sp_proto.CONTROL]:
         raise DataError("ids 0, 1, 2 are not the control pieces <unk>, <s>, </s>", name)
     return spec
+
+
+def foreign_template(folder: Path) -> Path | None:
+    """The file of a checkpoint's folder that holds a chat template other than Llama 2's, None where there is none.
+
+    Encoding dialogues for such a model in Llama 2's format would be quietly wrong; `text.chat` refuses to.
+    """
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        file = folder / name
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if file.suffix == ".json":
+            try:
+                held = json.loads(text)
+                text = json.dumps(held.get("chat_template") or "")
+            except (ValueError, AttributeError, RecursionError):
+                continue
+        if len(text) > 2 and not ("[INST]" in text and "<<SYS>>" in text):
+            return file
+    return None
 
 
 def find(path: Path) -> Path:
