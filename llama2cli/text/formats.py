@@ -177,7 +177,23 @@ class Conversation(Struct):
     system: str | None = None
 
 
+class Chat(Struct):
+    """Messages under ShareGPT's name."""
+
+    conversations: list[Message]
+
+
 ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _chat(_: Chat, record: Record) -> Made:
+    take_turns(record["conversations"], "conversations")
+    yield {"messages": record["conversations"], **_kept(record)}
+
+
+def _has_roles(record: Record) -> bool:
+    turns = record["conversations"]
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
 
 
 def _sharegpt(shaped: Conversation, record: Record) -> Made:
@@ -708,6 +724,7 @@ def _are(kind: type) -> Callable[[Record], bool]:
 DIALOGUES = (
     Form("messages", frozenset({"messages"}), None, _ours),
     _form("sharegpt", ConversationPair, _preferred),
+    _form("sharegpt", Chat, _chat, when=_has_roles),
     _form("sharegpt", Conversation, _sharegpt),
     _form("oasst", Tree, _oasst, when=lambda r: isinstance(r["prompt"], dict)),
     _form("alpaca", Alpaca, _alpaca),
@@ -731,7 +748,7 @@ COMPARISONS = (
     _form("oasst", Tree, _oasst_pairs, when=lambda r: isinstance(r["prompt"], dict)),
 )  # fmt: skip
 LABELLED = (
-    *(_labelled(form) for form in DIALOGUES if form.name in ("messages", "sharegpt", "alpaca", "prompt-completion")),
+    *(_labelled(form) for form in DIALOGUES if form.shape not in (ConversationPair, Tree, SelfInstruct)),
     _form("xstest", XSTest, _xstest),
     _form("judge", Judged, _judged),
 )
@@ -856,6 +873,8 @@ def _make(form: Form, record: Record, place: Place) -> list[Record | LeftOut | M
         return list(form.make(conform(record, form.shape) if form.shape else None, record))
     except Wrong as e:
         where, message = e.args
+    except RecursionError:
+        where, message = "", "is nested too deeply"
     raise DataError(f"{where}: {message}" if where else message, *place)
 
 

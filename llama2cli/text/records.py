@@ -321,7 +321,8 @@ def drop_reason(comparison: Record) -> str | None:
     """
     if comparison.get("safety") == "rejected_safe":
         return "the chosen answer is unsafe, the other is safe"
-    if [m["content"] for m in comparison["chosen"]] == [m["content"] for m in comparison["rejected"]]:
+    chosen, rejected = ([m["content"].strip() for m in comparison[side]] for side in ("chosen", "rejected"))
+    if chosen == rejected:  # stripped, as models read them
         return "the two answers are the same"
     return None
 

@@ -201,6 +201,8 @@ class TestComparisons:
         record = validate("comparison", {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]})
         assert record == {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}
         assert drop_reason(record) == "the two answers are the same"
+        spaced = [{"role": "assistant", "content": " Hi.\n"}]
+        assert drop_reason({**record, "rejected": spaced}) == "the two answers are the same"
 
     def test_an_unsafe_choice_over_a_safe_one_is_left_out(self):
         record = {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}
