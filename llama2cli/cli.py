@@ -35,6 +35,7 @@ COMMANDS = {
     "plan": "memory, time, GPU-hours and tCO2 before you spend them",
     "eval preferences": "what comparisons hold, by source and weekly batch",
     "eval dialogues": "flaws of fine-tuning data, by source; --annotate marks them",
+    "eval reward-model": "accuracy, calibration and threshold of reward models",
 }
 GROUPS = {
     "eval": "the paper's measurements, a command each",

@@ -221,7 +221,10 @@ def tables(result: dict[str, Any]) -> list[Table]:
     found = [across(f"right, of {result['accuracy']['n']:,} pairs{ties}", {**ratings, "average": result["accuracy"]})]
     if result["by_safety"]:
         found.append(across("right, by what is safe", result["by_safety"]))
-    found += [down(f"right, by {group}", result[f"by_{group}"]) for group in ("batch", "source")]
+    for group in ("batch", "source"):
+        shares = result[f"by_{group}"]
+        if [s["n"] for s in shares.values()] != [result["accuracy"]["n"]]:  # one group of all says nothing new
+            found.append(down(f"right, by {group}", shares))
     rows = [
         [f"{b['low']:.2f}-{b['high']:.2f}", f"{100 * b['confidence']:.1f}", f"{100 * b['accuracy']:.1f}", f"{b['n']:,}"]
         for b in result["calibration"]
