@@ -128,26 +128,22 @@ def check_some(parts: Sequence[Part], what: str) -> None:
             raise DataError(f'source "{p.name}" has no {what} to train on')
 
 
-def split(part: Part, groups: np.ndarray, fraction: float) -> tuple[Part, Part]:
-    """(training, held-out) examples of a source, by prompt; `fraction` is the chance of a prompt to be held out.
-
-    groups: uint64, one for every example of the run (see `group_of`). At least one prompt is held out. Raises DataError
-    where nothing would be left.
-    """
-    mine = groups[part.index]
-    out = splitmix(mine) < np.uint64(int(fraction * 2**64))
-    if not out.any() and len(mine):
-        out = mine == mine[splitmix(mine).argmin()]
-    if out.all():
-        raise DataError(f'--heldout {fraction} leaves no prompt of source "{part.name}" to train on')
-    return Part(part.name, part.index[~out], part.weight), Part(part.name, part.index[out])
-
-
 def split_all(parts: Sequence[Part], groups: Sequence[int], fraction: float) -> tuple[list[Part], list[Part]]:
-    """`split` of every source."""
-    numbers = np.array(groups, np.uint64)
-    pairs = [split(p, numbers, fraction) for p in parts]
-    return [kept for kept, _ in pairs], [out for _, out in pairs]
+    """(training, held-out) examples of each source, by prompt; `fraction` is the chance of a prompt to be held out.
+
+    groups: of every example of the run (see `group_of`). Of each source at least one prompt is held out; what one holds
+    out is held out of all. Raises DataError where nothing of a source would be left.
+    """
+    order = splitmix(np.array(groups, np.uint64))
+    apart = order < np.uint64(int(fraction * 2**64))
+    for p in parts:
+        if len(p.index) and not apart[p.index].any():
+            apart |= order == order[p.index].min()
+    kept = [Part(p.name, p.index[~apart[p.index]], p.weight) for p in parts]
+    for p in kept:
+        if not len(p.index):
+            raise DataError(f'--heldout {fraction} leaves no prompt of source "{p.name}" to train on')
+    return kept, [Part(p.name, p.index[apart[p.index]]) for p in parts]
 
 
 def split_batches(
