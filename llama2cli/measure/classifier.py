@@ -20,11 +20,14 @@ def evaluate(
     scores_N: Iterable[float], labels_N: Sequence[int], sources: Sequence[str | None] | None = None
 ) -> dict[str, Any]:
     """{"accuracy", "precision", "recall" (of label 1), "auc", "positive": how many are, "by_source"}; a rate without
-    anything to count is missing. Raises DataError for no dialogues.
+    anything to count is missing. Raises DataError for no dialogues, and for a score that is not finite.
     """
     scores, labels = np.asarray(list(scores_N), np.float64), np.asarray(labels_N, np.int64)
     if not len(scores):
         raise DataError("there are no dialogues to evaluate on")
+    if not np.isfinite(scores).all():
+        at = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise DataError(f"the score of dialogue {at + 1} is {scores[at]}")
     called = scores > 0
     right = called == (labels == 1)
     both, n_called, n_positive = int((called & (labels == 1)).sum()), int(called.sum()), int(labels.sum())
