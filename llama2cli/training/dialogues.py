@@ -49,7 +49,7 @@ class Report:
     system, user, answers: tokens of each role, the format's own among them (an answer's closing space and EOS are the
     answer's); trained: of the answers. cut: dialogues that were cut at the context, cut_answers: answers that lost
     tokens by it, cut_tokens: tokens that were lost. long: dropped for their length, untrained: for having no answer to
-    train on. tags: tags of the chat format in contents. empty: answers without a text.
+    train on. tags: tags of the chat format in contents. empty: trained answers without a text.
     """
 
     dialogues: int = 0
@@ -146,7 +146,7 @@ def add(
         system = system_tokens(tokenizer, messages, tags)
         report.dialogues += 1
         report.tags += encoded.n_escaped
-        report.empty += sum(m["role"] == "assistant" and not m["content"].strip() for m in messages)
+        report.empty += sum(is_empty(m) for m in messages)
         report.system += min(system, len(ids))
         report.answers += sum(answers)
         report.user += len(ids) - min(system, len(ids)) - sum(answers)
@@ -172,6 +172,11 @@ def system_tokens(tokenizer: Tokenizer, messages: Sequence[Record], tags: Tags) 
     first = [{"role": m["role"], "content": m["content"]} for m in messages[:2]]
     lengths = [len(encode_dialogue(tokenizer, turns, tags=tags).ids) for turns in (first, first[1:])]
     return lengths[0] - lengths[1]
+
+
+def is_empty(message: Record) -> bool:
+    """Whether a message is an answer without a text that is trained."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0 and not message["content"].strip()
 
 
 def runs(mask: Sequence[bool]) -> int:
