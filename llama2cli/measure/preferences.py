@@ -162,14 +162,21 @@ def tables(found: Statistics) -> list[Table]:
         rest = found.total.comparisons - sum(tally.comparisons for _, tally in rows)
         note = f"; {rest:,} without {what}" if rest and what else ""
         rows.append(("total", found.total))
-        made.append(sizes_table(f"comparisons{f' by {what}' if what else ''}{note}", what, found.unit, rows))
+        made.append(
+            sizes_table(
+                f"comparisons{f' by {what}' if what else ''}{note} (longer: the chosen answer is)",
+                what,
+                found.unit,
+                rows,
+            )
+        )
         made += [shares for shares in (ratings_table(what, rows), safety_table(what, rows)) if shares[2]]
     return made
 
 
 def sizes_table(title: str, what: str, unit: str, rows: list[tuple[str, Tally]]) -> Table:
-    """The columns of Tables 6 and 26, and two that tell of repeated prompts and of a liking for length."""
-    columns = [what, "comparisons", "prompts", "turns", f"{unit}/example", "/prompt", "/response", "chosen longer %"]
+    """The columns of Tables 6 and 26, and two more: distinct prompts, and how often the chosen answer is the longer."""
+    columns = [what, "pairs", "prompts", "turns", f"{unit}/example", "/prompt", "/response", "longer %"]
     cells = []
     for name, tally in rows:
         numbers = [f"{value:,.1f}" for value, _ in means(tally).values()]
