@@ -35,6 +35,7 @@ BLOCKS = 8  # and an eighth of long rows: each product rearranges all keys befor
 LONG = 1024  # longer rows in fp32 are left to torch's kernel, which is faster there
 SAVE_BYTES = 128 << 20  # probabilities of a call are kept for the backward pass up to this size, else computed again
 BLOCK_BYTES = 32 << 20  # scores held at once where they are not kept
+ROW_SCORES = 1 << 20  # packed rows are taken together up to this many scores: each begins its texts elsewhere
 
 
 # --- process ------------------------------------------------------------------------------------------------------
@@ -203,8 +204,11 @@ def _block_rows(T: int) -> int:
     return BLOCK * max(1, math.ceil(T / (BLOCKS * BLOCK)))
 
 
-def _first_keys(segments_BT: Tensor) -> list[int]:
-    """For each block of queries the first key that one of them, in any row, may see (down to a multiple of 16)."""
+def _first_keys(segments_BT: Tensor) -> Tensor:
+    """For each row and block of queries the first key that one of them may see, down to a multiple of 16: [B, blocks].
+
+    Branches are left out of it: a trunk is where its segment begins.
+    """
     B, T = segments_BT.shape
     ids, order = segments_BT.sort(dim=1, stable=True)
     place = torch.arange(T).expand(B, T)
@@ -212,7 +216,8 @@ def _first_keys(segments_BT: Tensor) -> list[int]:
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     begin = torch.where(begins, place, 0).cummax(1).values  # in the sorted row, where an id's run begins
     first = torch.empty_like(order).scatter_(1, order, order.gather(1, begin))
-    return [int(part.min()) // 16 * 16 for part in first.split(_block_rows(T), dim=1)]
+    lows = torch.stack([block.amin(1) for block in first.split(_block_rows(T), dim=1)], dim=1)
+    return lows // 16 * 16
 
 
 def _probabilities(q: Tensor, k: Tensor, i: int, end: int, lo: int, part: _Part) -> Tensor:
@@ -236,7 +241,7 @@ def _probabilities(q: Tensor, k: Tensor, i: int, end: int, lo: int, part: _Part)
 
 
 class _Attention(torch.autograd.Function):
-    """q, k, v: [Z, T, K] contiguous, q scaled. lows: first key of each block. segments, branches: [B, T] or None."""
+    """q, k, v: [Z, T, K] contiguous, q scaled. segments, branches: [B, T] or None. lows: [B, blocks], if segments."""
 
     @staticmethod
     def forward(
@@ -246,7 +251,7 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         segments: Tensor | None,
         branches: Tensor | None,
-        lows: list[int],
+        lows: Tensor | None,
         training: bool,
     ) -> Tensor:
         Z, T, _ = q.shape
@@ -255,32 +260,32 @@ class _Attention(torch.autograd.Function):
         step = _block_rows(T)
         keep = training and Z * T * (T + step) // 2 * q.element_size() <= SAVE_BYTES
         kept: list[Tensor] = []
-        for part in _parts(q, segments, branches, whole=keep):
-            for i, lo in zip(range(0, T, step), lows):
+        for part in _parts(q, segments, branches, lows, whole=keep):
+            for i, lo in zip(range(0, T, step), part.lows):
                 end = min(T, i + step)
                 p = _probabilities(q, k, i, end, lo, part)
                 torch.bmm(p, v[part.z, lo:end], out=o[part.z, i:end])
                 if keep:
                     kept.append(p)
         if training:
-            ctx.save_for_backward(q, k, v, o, segments, branches, *kept)
-            ctx.lows = lows
+            ctx.save_for_backward(q, k, v, o, segments, branches, lows, *kept)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, segments, branches, *kept = ctx.saved_tensors
+        q, k, v, o, segments, branches, lows, *kept = ctx.saved_tensors
         T = q.shape[1]
         step = _block_rows(T)
         do = do.contiguous()
         along = (do * o).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), _zeros_sum(k), _zeros_sum(v)
-        for part in _parts(q, segments, branches, whole=bool(kept)):
+        probabilities = iter(kept)
+        for part in _parts(q, segments, branches, lows, whole=bool(kept)):
             z = part.z
-            for j, (i, lo) in enumerate(zip(range(0, T, step), ctx.lows)):
+            for i, lo in zip(range(0, T, step), part.lows):
                 end = min(T, i + step)
-                p = kept[j] if kept else _probabilities(q, k, i, end, lo, part)
+                p = next(probabilities) if kept else _probabilities(q, k, i, end, lo, part)
                 _add_product(dv[z, lo:end], p.mT, do[z, i:end])
                 ds = torch.bmm(do[z, i:end], v[z, lo:end].mT)
                 ds.sub_(along[z, i:end]).mul_(p)
@@ -290,24 +295,31 @@ class _Attention(torch.autograd.Function):
 
 
 class _Part(NamedTuple):
-    """Some of the rows: their slice of Z, their segments and their branches."""
+    """Some of the rows: their slice of Z, their segments and branches, the first key of each block."""
 
     z: slice
     segments: Tensor | None
     branches: Tensor | None
+    lows: list[int]
 
 
-def _parts(q: Tensor, segments: Tensor | None, branches: Tensor | None, *, whole: bool) -> list[_Part]:
-    """All of Z, or slices of it whose block of scores is small; with segments a slice holds whole rows."""
+def _parts(
+    q: Tensor, segments: Tensor | None, branches: Tensor | None, lows: Tensor | None, *, whole: bool
+) -> list[_Part]:
+    """All of Z, or slices of it whose block of scores is small; with segments slices of whole rows, smaller still."""
     Z, T, _ = q.shape
-    if whole:
-        return [_Part(slice(0, Z), segments, branches)]
-    heads = 1 if segments is None else Z // len(segments)
-    step = heads * max(1, BLOCK_BYTES // (heads * min(_block_rows(T), T) * T * q.element_size()))
+    step = _block_rows(T)
+    scores = min(step, T) * T  # of a block at most
+    if segments is None or lows is None:
+        size = Z if whole else max(1, BLOCK_BYTES // (scores * q.element_size()))
+        return [_Part(slice(z, z + size), None, None, [0] * math.ceil(T / step)) for z in range(0, Z, size)]
+    B, heads = len(segments), Z // len(segments)
+    size = max(1, ROW_SCORES // (heads * scores))
     parts = []
-    for z in range(0, Z, step):
-        rows = slice(z // heads, (z + step) // heads)
-        parts.append(_Part(slice(z, z + step), *(None if x is None else x[rows] for x in (segments, branches))))
+    for b in range(0, B, size):
+        end = min(B, b + size)
+        own = None if branches is None else branches[b:end]
+        parts.append(_Part(slice(b * heads, end * heads), segments[b:end], own, lows[b:end].amin(0).tolist()))
     return parts
 
 
@@ -334,7 +346,7 @@ def attention(
     repeat = H // k_BTGK.shape[2]
     q = _heads_first(q_BTHK * (1 / math.sqrt(K)))
     k, v = _heads_first(k_BTGK, repeat), _heads_first(v_BTGK, repeat)
-    lows = [0] * math.ceil(T / _block_rows(T)) if segments_BT is None else _first_keys(segments_BT)
+    lows = None if segments_BT is None else _first_keys(segments_BT)
     with torch.autocast("cpu", enabled=False):
         o = _Attention.apply(q, k, v, segments_BT, branches_BT, lows, torch.is_grad_enabled())
     return o.view(B, H, T, K).transpose(1, 2)

@@ -56,7 +56,8 @@ def test_attention_and_its_gradients(
     monkeypatch.setattr(cpu, "BLOCK", 8)  # several blocks, the last one not full
     monkeypatch.setattr(cpu, "BLOCKS", 3)
     monkeypatch.setattr(cpu, "SAVE_BYTES", 1 << 30 if keep else 0)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1 << 13)  # several slices of rows or heads
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1 << 13)  # several slices of heads
+    monkeypatch.setattr(cpu, "ROW_SCORES", 2 * 4 * 24 * 50)  # and of rows: two of three, or one
     torch.manual_seed(0)
     leaves, segments, branches = qkv(*shape), segments_of(kind, *shape[:2]), branches_of(tree, *shape[:2])
     direction = torch.randn_like(leaves[0])
@@ -99,8 +100,14 @@ def test_long_rows_in_fp32_are_left_to_torch() -> None:
 def test_keys_before_a_block_s_texts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "BLOCK", 32)
     first = [0] * 20 + [1] * 50 + [2] * 58  # texts begin at 0, 20, 70
-    assert cpu._first_keys(torch.tensor([first])) == [0, 16, 16, 64]
-    assert cpu._first_keys(torch.tensor([first, [0] * 128])) == [0, 0, 0, 0]
+    lows = cpu._first_keys(torch.tensor([first, [0] * 128]))
+    assert lows.tolist() == [[0, 16, 16, 64], [0, 0, 0, 0]]
+    q, segments = torch.zeros(4, 128, 2), torch.zeros(2, 128)
+    together = cpu._parts(q, segments, None, lows, whole=True)
+    assert [(part.z, part.lows) for part in together] == [(slice(0, 4), [0, 0, 0, 0])]
+    monkeypatch.setattr(cpu, "ROW_SCORES", 1)
+    apart = cpu._parts(q, segments, segments, lows, whole=True)
+    assert [(part.z, part.lows) for part in apart] == [(slice(0, 2), [0, 16, 16, 64]), (slice(2, 4), [0, 0, 0, 0])]
 
 
 @pytest.mark.parametrize(("T", "bounds"), [(200, (3, 3, 3, 2)), (2000, (2.5, 2.5, 1.6, 1.2))])
