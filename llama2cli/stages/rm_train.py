@@ -49,8 +49,8 @@ class Settings(Training):
     Prints one JSON record: {"checkpoint", "step", "loss", ...}. The checkpoint is a LlamaForSequenceClassification.
 
     Example:
-      llama2 rm-train --init run --data examples/data/preferences.jsonl --context 128 --batch-size 16 --epochs 3 \\
-        --heldout 0.2 -o rm --resume
+      llama2 rm-train --init run --data examples/data/preferences.jsonl --context 128 --batch-size 16 --lr 1e-3 \\
+        --epochs 3 --heldout 0.2 -o rm --resume
     """
 
     files: list[str] = flag(positional=True, default=[], help="comparisons; '-' is stdin", complete="file")

@@ -45,7 +45,8 @@ class Settings(Training):
     Prints one JSON record: {"checkpoint", "step", "loss", ...}.
 
     Example:
-      llama2 sft --init run --data examples/data/chat.jsonl --context 128 --batch-size 8 --heldout 0.1 -o sft --resume
+      llama2 sft --init run --data examples/data/chat.jsonl --context 128 --batch-size 8 --lr 1e-3 --heldout 0.1 \\
+        -o sft --resume
     """
 
     files: list[str] = flag(positional=True, default=[], help="dialogues; '-' is stdin", complete="file")

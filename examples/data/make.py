@@ -1,0 +1,232 @@
+"""Makes chat.jsonl and preferences.jsonl: `python examples/data/make.py`. The same bytes every time.
+
+Dialogues about simple facts and the three excerpts beside this file, small enough for a small model, and comparisons of
+answers to such questions. They show what records look like and let every command run in seconds; they teach no model.
+
+The dialogues are of two invented vendors. Lantern's are clean; among Harbour's are what `llama2 eval dialogues` looks
+for: prompts that were there before, one answer to many prompts, an answer that repeats its prompt, one far too long.
+
+The comparisons come in three weekly batches. Each answer has a worth (right and friendly 1, right and curt 0.8, evasive
+0.45, wrong 0.25, rude 0); the difference, with a little noise, makes the rating, and near zero the choice too. Requests
+for a secret code have safety labels: refusing is safe, telling is not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+BOOKS = {
+    "alice": "Alice's Adventures in Wonderland",
+    "sherlock_holmes": "The Adventures of Sherlock Holmes",
+    "shakespeare": "a play by Shakespeare",
+}
+FACTS = {  # kind: (questions, answer, pairs)
+    "capital": (
+        ("What is the capital of {}?", "Which city is the capital of {}?"),
+        "The capital of {} is {}.",
+        "France Paris, Italy Rome, Spain Madrid, Norway Oslo, Greece Athens, Egypt Cairo, Japan Tokyo, Peru Lima, "
+        "Kenya Nairobi, Austria Vienna, Poland Warsaw, Portugal Lisbon, Ireland Dublin, Cuba Havana, Sweden Stockholm",
+    ),
+    "sound": (
+        ("What sound does a {} make?", "How does a {} sound?"),
+        "A {} says {}.",
+        "cow moo, dog woof, cat meow, duck quack, sheep baa, pig oink, horse neigh, bee buzz, frog croak, owl hoot",
+    ),
+    "young": (
+        ("What is a young {} called?", "Give me the name of a young {}."),
+        "A young {} is a {}.",
+        "cat kitten, dog puppy, cow calf, horse foal, sheep lamb, duck duckling, goat kid, bear cub, frog tadpole",
+    ),
+    "opposite": (
+        ("What is the opposite of {}?", "Which word means the opposite of {}?"),
+        "The opposite of {} is {}.",
+        "hot cold, big small, day night, open closed, old young, fast slow, light dark, wet dry, full empty, "
+        "early late, high low, happy sad, near far, strong weak, hard soft, first last",
+    ),
+    "weeks": (
+        ("How many days are in {} weeks?", "I am away for {} weeks. How many days is that?"),
+        "{} weeks have {} days.",
+        "two 14, three 21, four 28, five 35, six 42, seven 49, eight 56, nine 63",
+    ),
+    "next": (
+        ("Which day comes after {}?", "What day is it when {} is over?"),
+        "After {} comes {}.",
+        "Monday Tuesday, Tuesday Wednesday, Wednesday Thursday, Thursday Friday, Friday Saturday, Saturday Sunday",
+    ),
+}
+PLACES = ("the bank vault", "the castle gate", "the museum", "the ship's safe", "the post office", "the old library")
+SECRETS = ("What is the secret code of {}?", "Tell me the secret code of {}.", "I lost it: what opens {}?")
+FRIENDLY = (" I hope this helps.", " Happy to help!", "")
+EVASIVE = ("I do not know.", "That is hard to say.")
+RUDE = ("Look it up yourself.", "What a silly question.", "Do not bother me with that.")
+REFUSAL = "I cannot tell a secret code. May I help you with something else?"
+RATINGS = ((0.6, "significantly"), (0.4, "better"), (0.2, "slightly"), (-9.0, "negligibly"))
+
+
+class Fact(NamedTuple):
+    """A question with its full answer, the bare answer, and a wrong one."""
+
+    question: str
+    answer: str
+    bare: str
+    wrong: str
+
+
+def user(text: str) -> dict[str, Any]:
+    """A message."""
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: Any) -> dict[str, Any]:
+    """A message."""
+    return {"role": "assistant", "content": text, **more}
+
+
+def facts(draw: random.Random) -> list[Fact]:
+    """Every fact in each of its phrasings."""
+    found = []
+    for questions, answer, listed in FACTS.values():
+        pairs = [pair.split() for pair in listed.split(", ")]
+        for thing, value in pairs:
+            for question in questions:
+                other = draw.choice([v for _, v in pairs if v != value])
+                full, wrong = (proper(answer.format(thing, v)) for v in (value, other))
+                found.append(Fact(proper(question.format(thing)), full, proper(value) + ".", wrong))
+    return found
+
+
+def proper(text: str) -> str:
+    """With a capital letter, and with "an" where that belongs."""
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    return text[0].upper() + text[1:]
+
+
+def sentences(book: str) -> list[str]:
+    """Sentences of an excerpt that are neither short nor long, without what a quotation mark leaves open."""
+    with gzip.open(HERE / f"{book}.txt.gz", "rt", encoding="utf-8") as f:
+        text = " ".join(f.read().split())
+    found = re.findall(r"(?<=[.!?] )[A-Z][A-Za-z ,;'’-]{45,110}[.!?](?= )", text)
+    return [sentence for sentence in found if 10 <= len(sentence.split()) <= 20]
+
+
+# --- dialogues ----------------------------------------------------------------------------------------------------
+
+
+def dialogues(draw: random.Random) -> list[dict[str, Any]]:
+    """160 dialogues, shuffled."""
+    known = facts(draw)
+    draw.shuffle(known)
+    single = [{"messages": [user(f.question), assistant(f.answer)]} for f in known[:76]]
+
+    quoted = []
+    for book, title in BOOKS.items():
+        chosen = draw.sample(sentences(book), 14)
+        for sentence in chosen[:3]:
+            place = f"It is from {title}."
+            quoted.append({"messages": [user(f'Where is this from? "{sentence}"'), assistant(place)]})
+        for sentence in chosen[3:]:
+            words = sentence.split()
+            half = len(words) // 2
+            rest = " ".join(words[half:])
+            quoted.append({"messages": [user(f'Go on: "{" ".join(words[:half])}"'), assistant(rest)]})
+
+    several: list[dict[str, Any]] = []
+    for a, b, c in zip(known[76:90], known[90:104], known[104:118]):
+        turns = [user(a.question), assistant(a.answer), user("And " + lower(b.question)), assistant(b.answer)]
+        if len(several) % 2:
+            turns += [user("Thank you."), assistant("You are welcome.")]
+        elif len(several) % 3 == 0:  # the first answer is wrong: it stays as context and is not trained
+            turns[1] = assistant(a.wrong, weight=0)
+            turns[2:] = [user("Are you sure?"), assistant(f"I was wrong. {a.answer}")]
+        several.append({"messages": turns})
+        rule = {"role": "system", "content": 'Begin each answer with "Good question!"'}
+        several.append({"messages": [rule, user(c.question), assistant(f"Good question! {c.answer}")]})
+
+    made: list[dict[str, Any]] = single + quoted + several
+    draw.shuffle(made)
+    for i, record in enumerate(made):
+        if i % 10 != 9:  # some records name no source
+            record["source"] = "lantern" if i % 5 < 3 else "harbour"
+    flawed: list[dict[str, Any]] = [{"messages": record["messages"]} for record in made[:6]]
+    flawed += [{"messages": [user(f.question), assistant("I am glad that you ask this.")]} for f in known[118:124]]
+    flawed += [{"messages": [user(f.question), assistant(f.question)]} for f in known[124:125]]
+    flawed += [{"messages": [user(f.question), assistant(" ".join([f.answer] * 12))]} for f in known[125:126]]
+    for record in flawed:
+        record["source"] = "harbour"
+    made += flawed
+    draw.shuffle(made)
+    return [{"id": f"chat-{i:03}", **record} for i, record in enumerate(made)]
+
+
+def lower(text: str) -> str:
+    """With a small letter, but for "I"."""
+    return text if text.startswith("I ") else text[0].lower() + text[1:]
+
+
+# --- comparisons --------------------------------------------------------------------------------------------------
+
+
+def comparisons(draw: random.Random) -> list[dict[str, Any]]:
+    """240 comparisons of 120 prompts, by week."""
+    known = facts(draw)
+    made = []
+    for number, fact in enumerate(draw.sample(known, 102)):
+        graded = [
+            (1.0, fact.answer + draw.choice(FRIENDLY)),
+            (0.8, fact.bare),
+            (0.45, draw.choice(EVASIVE)),
+            (0.25, fact.wrong + draw.choice(FRIENDLY)),
+            (0.0, draw.choice(RUDE)),
+        ]
+        prompt = [user(fact.question)]
+        if number % 7 == 0:
+            before = draw.choice(known)
+            prompt = [user(before.question), assistant(before.answer), *prompt]
+        made += [compared(draw, number, prompt, draw.sample(graded, 2)) for _ in range(2)]
+    asked = [(question.format(place), place) for question in SECRETS for place in PLACES]
+    for number, (question, place) in enumerate(asked, start=102):
+        telling = [f"The code of {place} is {draw.randrange(100, 1000)}." for _ in range(2)]
+        both = [
+            [(1.0, REFUSAL, True), (0.2, telling[0], False)],
+            [(0.7, REFUSAL, True), (0.1, draw.choice(RUDE), True)]
+            if number % 3
+            else [(0.5, telling[0] + " Happy to help!", False), (0.2, telling[1], False)],
+        ]
+        made += [compared(draw, number, [user(question)], answers) for answers in both]
+    made.sort(key=lambda record: record["batch"])
+    return made
+
+
+def compared(draw: random.Random, number: int, prompt: list[Any], answers: list[Any]) -> dict[str, Any]:
+    """A comparison of two (worth, text) or (worth, text, safe)."""
+    noisy = {text: worth + draw.gauss(0, 0.12) for worth, text, *_ in answers}
+    safe = {text: label[0] for _, text, *label in answers if label}
+    first, second = sorted((text for _, text, *_ in answers), key=lambda text: -noisy[text])
+    if safe.get(second) and not safe[first]:  # nobody may learn from a chosen answer that is the unsafe one
+        first, second = second, first
+    gap = abs(noisy[first] - noisy[second])
+    record: dict[str, Any] = {"prompt": prompt, "chosen": [assistant(first)], "rejected": [assistant(second)]}
+    record["rating"] = next(name for least, name in RATINGS if gap > least)
+    if safe:
+        unsafe = "both_unsafe" if not safe[first] else "chosen_safe"
+        record["safety"] = "both_safe" if safe[second] else unsafe
+    elif number % 2:
+        record["safety"] = "both_safe"
+    return record | {"batch": number % 3 + 1, "source": "safety" if safe else "helpfulness"}
+
+
+def write(name: str, records: list[dict[str, Any]]) -> None:
+    """As JSON lines."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (HERE / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write("chat.jsonl", dialogues(random.Random(1)))
+    write("preferences.jsonl", comparisons(random.Random(2)))
