@@ -25,7 +25,7 @@ class Settings(Measuring):
     the good ones.
 
     Example:
-      llama2 eval dialogues dialogues.jsonl --annotate | grep '"flaws":\\[\\]' > good.jsonl
+      llama2 eval dialogues examples/data/chat.jsonl --annotate | grep '"flaws":\\[\\]' > good.jsonl
     """
 
     format: str = flag(default="auto", help="form of the records (auto: by their fields), as alpaca, sharegpt, oasst")

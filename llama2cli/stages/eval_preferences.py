@@ -16,7 +16,7 @@ class Settings(Measuring):
     counted. Without a tokenizer words are counted. Of several files each is a source, where records name none.
 
     Example:
-      llama2 eval preferences comparisons.jsonl --tokenizer tok.model -o metrics.jsonl
+      llama2 eval preferences examples/data/preferences.jsonl --tokenizer tok.model -o metrics.jsonl
     """
 
     format: str = flag(default="auto", help="form of the records (auto: by their fields), as hh-rlhf, trl, pandalm")

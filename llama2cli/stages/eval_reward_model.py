@@ -30,7 +30,7 @@ class Settings(Measuring, Compute):
     does. Tables go to stderr, metric records to stdout. A calibrated origin (score_offset) counts.
 
     Example:
-      llama2 eval reward-model comparisons.jsonl --model rm-help --model rm-safe -o metrics.jsonl
+      llama2 eval reward-model examples/data/preferences.jsonl --model rm-help --model rm-safe -o metrics.jsonl
     """
 
     model: list[str] = flag(

@@ -7,14 +7,12 @@ examples are cut short by a flag that is appended.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,15 +37,6 @@ def script(command: str) -> str:
     return "\n".join(re.sub(rf"llama2 {command}\b[^|>;&]*", rf"\g<0> {more} ", line) for line in lines)
 
 
-def comparison(i: int) -> dict[str, Any]:
-    """A pair of answers to one question, rated, of one of two weekly batches."""
-    answers = [[{"role": "assistant", "content": text}] for text in (f"It is {i + i}.", "I do not know.")]
-    prompt = [{"role": "user", "content": f"What is {i} and {i}?"}]
-    rating = ("significantly", "better", "slightly", "negligibly")[i % 4]
-    labels = {"rating": rating, "safety": "both_safe" if i % 3 else "chosen_safe", "batch": 1 + i % 2}
-    return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **labels}
-
-
 def reward_model(source: Path, folder: Path) -> None:
     """A folder of a reward model that was not trained, on the trunk of a run."""
     model = Llama(load_config(source), scorer=True)
@@ -60,7 +49,7 @@ def reward_model(source: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tok.model, tokens/books, tokens/web, run, llama-2-7b (small, but in Meta's format), rm-help and
-    rm-safe (on run's trunk), records."""
+    rm-safe (on run's trunk)."""
     folder = tmp_path_factory.mktemp("made")
     alice, holmes = (str(ROOT / "examples" / "data" / f"{n}.txt.gz") for n in ("alice", "sherlock_holmes"))
     model, run = str(folder / "tok.model"), str(folder / "run")
@@ -80,9 +69,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(model, folder / "tokenizer.model")
     for name in ("rm-help", "rm-safe"):
         reward_model(resolve_model(run), folder / name)
-    dialogue = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, you."}]}
-    (folder / "dialogues.jsonl").write_text(json.dumps(dialogue) + "\n")
-    (folder / "comparisons.jsonl").write_text("".join(json.dumps(comparison(i)) + "\n" for i in range(8)))
     return folder
 
 

@@ -85,6 +85,15 @@ def test_an_example_is_its_turns_times_prompt_and_response(dialogues: list[list[
     assert means["per_example"] == pytest.approx(sum(words) / len(comparisons) / 2)
 
 
+def test_shares_are_of_those_that_have_a_label() -> None:
+    """A pair without a rating is in no share of the ratings; how many have none is told in the table."""
+    bare = {k: v for k, v in example()[1].items() if k in ("prompt", "chosen", "rejected")}
+    found = preferences.collect([*example(), bare, bare], WORDS, "words")
+    assert values(preferences.records(found), rating="better")["preferences.rating_share"] == 2 / 3
+    assert values(preferences.records(found))["preferences.safety_share.both_safe"] == 1 / 2
+    assert preferences.tables(found)[1][2][-1] == ["total", "0.0", "66.7", "33.3", "0.0", "3", "2"]
+
+
 def test_a_system_prompt_belongs_to_the_first_turn() -> None:
     record = example()[0] | {"prompt": dialogue("s s s s s", "p", roles="su")}
     means = preferences.means(preferences.collect([record], WORDS).total)
