@@ -44,10 +44,10 @@ class Tally:
     longer: float = 0.0  # comparisons whose chosen answer is the longer one; equal ones count half
     ratings: Counter[str | None] = field(default_factory=Counter)
     safety: Counter[str | None] = field(default_factory=Counter)
-    prompts: set[str] = field(default_factory=set)
+    prompts: set[int] = field(default_factory=set)
 
-    def add(self, comparison: Record, sizes: dict[str, int]) -> None:
-        """Count one; sizes: what `sizes_of` says of it."""
+    def add(self, comparison: Record, sizes: dict[str, int], prompt: int) -> None:
+        """Count one; sizes: what `sizes_of` says of it; prompt: the number of its prompt."""
         self.comparisons += 1
         self.turns += sizes["turns"]
         self.answers += sizes["answers"]
@@ -56,7 +56,7 @@ class Tally:
         self.longer += (sizes["chosen"] > sizes["rejected"]) + 0.5 * (sizes["chosen"] == sizes["rejected"])
         self.ratings[comparison.get("rating")] += 1
         self.safety[comparison.get("safety")] += 1
-        self.prompts.add(prompt_id(comparison["prompt"]))
+        self.prompts.add(prompt)
 
 
 @dataclass
@@ -76,12 +76,15 @@ def collect(comparisons: Iterable[Record], count: Count, unit: str = "tokens") -
     """
     found = Statistics(unit)
     for comparison in comparisons:
-        sizes = sizes_of(comparison, count)
-        found.total.add(comparison, sizes)
-        if (source := comparison.get("source")) is not None:
-            found.sources.setdefault(source, Tally()).add(comparison, sizes)
-        if (batch := comparison.get("batch")) is not None:
-            found.batches.setdefault(batch, Tally()).add(comparison, sizes)
+        source, batch = comparison.get("source"), comparison.get("batch")
+        tallies = [found.total]
+        if source is not None:
+            tallies.append(found.sources.setdefault(source, Tally()))
+        if batch is not None:
+            tallies.append(found.batches.setdefault(batch, Tally()))
+        sizes, prompt = sizes_of(comparison, count), int(prompt_id(comparison["prompt"]), 16)
+        for tally in tallies:
+            tally.add(comparison, sizes, prompt)
     if not found.total.comparisons:
         raise DataError("there are no comparisons to count")
     return found
