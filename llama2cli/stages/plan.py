@@ -135,7 +135,7 @@ def plan(name: str, config: ModelConfig, gpu: budget.GPU, settings: Settings) ->
         )
 
     # 2. memory: plain when that fits, else with activation checkpointing
-    held = dict(tokens=settings.micro_batch * context, compute_bytes=4 if cpu else 2)
+    held: dict[str, Any] = dict(tokens=settings.micro_batch * context, compute_bytes=4 if cpu else 2)
     choices = {c: budget.memory_per_gpu(config, gpus=gpus, checkpointing=c, **held) for c in (False, True)}
     fewest = {c: budget.smallest_gpus(config, gpu.memory, checkpointing=c, **held) for c in (False, True)}
     checkpointing = choices[False].total > gpu.memory
