@@ -108,11 +108,15 @@ def run(settings: Settings) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A run before any weight exists: the dialogues, what became of them, and the work that comes of it."""
+    """A run before any weight exists: the dialogues, what became of them, and the work that comes of it.
+
+    epochs: how often it reads the data.
+    """
 
     rows: Rows
     heldout: list[Part]
     report: Report
+    epochs: float
     work: Work
 
 
@@ -144,7 +148,8 @@ def prepare(settings: Settings, world: World) -> Job:
     if isinstance(held, float):
         parts, apart = examples.split_all(parts, store.groups, held)
     elif held:
-        apart, _ = read(settings, held, store, tokenizer, context)
+        apart, unread = read(settings, held, store, tokenizer, context)
+        report.add(unread)
         parts, left_out = examples.without(parts, store.groups, apart)
         if left_out:
             notes.append(f"{left_out:,} dialogues are not trained on: --heldout has their prompts")
@@ -156,8 +161,9 @@ def prepare(settings: Settings, world: World) -> Job:
     an_epoch = rows.count(0)
     total = None if settings.steps else examples.length(rows.count, settings.epochs or EPOCHS)
     steps = settings.steps or -(-(total or 0) // settings.batch_size)
-    if an_epoch < settings.batch_size:
-        notes.append(f"one step reads the data {settings.batch_size / an_epoch:,.1f} times; a smaller --batch-size?")
+    epochs = (total or steps * settings.batch_size) / an_epoch
+    if epochs > steps:
+        notes.append(f"one step reads the data {epochs / steps:,.1f} times; a smaller --batch-size?")
     if config != own:
         notes.append(f"the context of {settings.init} is extended to {config.max_position_embeddings:,} positions")
     each_epoch = max(1, an_epoch // settings.batch_size)
@@ -176,9 +182,8 @@ def prepare(settings: Settings, world: World) -> Job:
         "packing": settings.packing,
         "long": settings.long,
         "tags": settings.tags,
-        "dialogues": {"ids": store.ids.digest(), "masks": store.masks.digest()},
-        "data": [examples.described(p) for p in parts],
-        "heldout": [examples.described(p) for p in apart],
+        "data": [examples.described(p) | {"sha256": store.digest(p.index)} for p in parts],
+        "heldout": [examples.described(p) | {"sha256": store.digest(p.index)} for p in apart],
         "tokenizer": tokenizer.sha256,
         "init": provenance.fingerprint(init),
         "model": dataclasses.asdict(config),
@@ -212,7 +217,7 @@ def prepare(settings: Settings, world: World) -> Job:
         told=("step", "loss", "heldout_loss", "epochs"),
         saved=lambda metrics: {"chat_template": TEMPLATE},
     )
-    return Job(rows, apart, report, work)
+    return Job(rows, apart, report, epochs, work)
 
 
 def read(
@@ -228,7 +233,7 @@ def read(
         records = read_dialogues([source.path], format=settings.format)
         report = dialogues.add(store, tokenizer, records, context=context, tags=settings.tags, long=settings.long)
         if len(store) == before:
-            raise DataError("holds no dialogue to train on", source.path)
+            raise DataError(f"holds no dialogue to train on{report.why_none(context)}", source.path)
         parts.append(examples.part(source, before, len(store)))
         total.add(report)
     return parts, total
@@ -241,9 +246,8 @@ def dry_run(job: Job) -> dict[str, Any]:
     """What the run would be and need; shown to a person too."""
     from llama2cli.training import session
 
-    rows, steps = job.rows, job.work.resolved["steps"]
+    rows, epochs = job.rows, job.epochs
     an_epoch = sum(len(rows.store.ids[int(i)]) * p.weight for p in rows.order.parts for i in p.index)
-    epochs = steps * job.work.resolved["batch_size"] / rows.count(0)
     plan = session.plan_resources(job.work, tokens_at_once=rows.budget, tokens=round(epochs * an_epoch))
     data = [(p.name, f"{len(p.index):,}", f"{p.weight:g}", f"{epochs * p.weight:.2f}") for p in rows.order.parts]
     data += [(f"{p.name} (held out)", f"{len(p.index):,}", "", "") for p in job.heldout]
@@ -256,7 +260,7 @@ def show_mask(job: Job, n: int) -> None:
     import json
 
     store, tokenizer = job.rows.store, job.work.tokenizer
-    for i in range(min(n, len(store))):
+    for i in range(min(n, len(store)) if job.work.world.first else 0):
         ids, mask = store.ids[i].tolist(), store.masks[i].tolist()
         if sys.stdout.isatty():
             sys.stdout.write(coloured(tokenizer, ids, mask) + "\n\n")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -80,6 +81,16 @@ class Report:
         rest = ("dialogues", "cut", "cut_answers", "cut_tokens", "long", "untrained", "tags", "empty")
         return {"tokens": roles, **{k: getattr(self, k) for k in rest}}
 
+    def why_none(self, context: int) -> str:
+        """Why no dialogue was left of what was read, for the line that says so."""
+        if n := self.untrained + self.long:
+            none = f": of {n:,}"
+            if self.long == n:
+                return f"{none} all are longer than the context of {context:,}"
+            within = f" within the context of {context:,}" if self.cut else ""
+            return f"{none} none has an answer that is trained{within}"
+        return ""
+
     def show(self) -> None:
         """Tell a person."""
         rows = [("system", self.system, 0), ("user", self.user, 0), ("assistant", self.answers, self.trained)]
@@ -110,6 +121,13 @@ class Dialogues:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def digest(self, index: Sequence[int] | np.ndarray) -> str:
+        """A hash of the ids and masks of some dialogues."""
+        told = sha256()
+        for i in index:
+            told.update(len(self.ids[i]).to_bytes(8) + self.ids[i].tobytes() + self.masks[i].tobytes())
+        return told.hexdigest()
 
     def targets(self, i: int) -> np.ndarray:
         """int64 [n - 1], the tokens behind each but the last; -100 where they are not trained."""

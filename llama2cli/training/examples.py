@@ -122,10 +122,10 @@ def described(part: Part) -> dict[str, Any]:
 
 
 def check_some(parts: Sequence[Part], what: str) -> None:
-    """Raise DataError where a source has nothing to train on."""
+    """Raise DataError where --heldout has left a source nothing to train on."""
     for p in parts:
         if not len(p.index):
-            raise DataError(f'source "{p.name}" has no {what} to train on')
+            raise DataError(f'source "{p.name}" has no {what} to train on: --heldout has all of its prompts')
 
 
 def split_all(parts: Sequence[Part], groups: Sequence[int], fraction: float) -> tuple[list[Part], list[Part]]:
@@ -235,9 +235,12 @@ def walk(
 
 
 def length(count: Callable[[int], int], epochs: float) -> int:
-    """Examples in so many epochs."""
+    """Examples in so many epochs. Raises Misuse where that is none."""
     whole = int(epochs)
-    return sum(count(e) for e in range(whole)) + round((epochs - whole) * count(whole))
+    n = sum(count(e) for e in range(whole)) + round((epochs - whole) * count(whole))
+    if not n:
+        raise Misuse(f"{epochs:g} epochs of {count(0):,} are less than one", "--epochs")
+    return n
 
 
 def progress(count: Callable[[int], int], position: Position) -> float:
