@@ -111,7 +111,10 @@ def command_function(settings: type[Base], act: Callable[[Any], None]) -> Callab
         act(chosen)
 
     hints = typing.get_type_hints(settings)
-    fields = sorted(dataclasses.fields(settings), key=lambda f: f.name in {b.name for b in dataclasses.fields(Base)})
+    family = [vars(kind).get("__annotations__", {}) for kind in settings.__mro__]  # a command's own flags come first
+    fields = sorted(
+        dataclasses.fields(settings), key=lambda f: next(i for i, own in enumerate(family) if f.name in own)
+    )
     command.__signature__ = inspect.Signature([parameter(f, hints[f.name]) for f in fields])  # type: ignore[attr-defined]
     command.__doc__ = settings.__doc__
     return command
