@@ -111,10 +111,9 @@ def command_function(settings: type[Base], act: Callable[[Any], None]) -> Callab
         act(chosen)
 
     hints = typing.get_type_hints(settings)
-    family = [vars(kind).get("__annotations__", {}) for kind in settings.__mro__]  # a command's own flags come first
-    fields = sorted(
-        dataclasses.fields(settings), key=lambda f: next(i for i, own in enumerate(family) if f.name in own)
-    )
+    # A command's own flags come first, then those that it shares with more and more others.
+    order = list(dict.fromkeys(name for kind in settings.__mro__ for name in vars(kind).get("__annotations__", ())))
+    fields = sorted(dataclasses.fields(settings), key=lambda f: order.index(f.name))
     command.__signature__ = inspect.Signature([parameter(f, hints[f.name]) for f in fields])  # type: ignore[attr-defined]
     command.__doc__ = settings.__doc__
     return command
