@@ -114,7 +114,7 @@ def split(used: Sequence[int], budget: int, ranks: int = 1) -> list[list[list[in
 
 @dataclass(frozen=True, eq=False)
 class Laid:
-    """Rows for the model, int64 [B, T]; what is left of a row is filled with id 0, a segment of its own.
+    """Rows for the model, int64 [B, T]; what is left of a row is a segment of its own, of ids 0 at position 0.
 
     branches_BT: None where no piece has branches. ends_N: b * T + t of the last token of each sequence, in the order of
     the pieces that were given, whatever the rows; -1 for pieces that stand in none of them. starts: b * T + t of the
@@ -150,7 +150,6 @@ def lay(pieces: Sequence[Piece], rows: Sequence[Sequence[int]]) -> Laid:
             ids[b, t:upto], positions[b, t:upto] = piece.ids, piece.positions
             branches[b, t:upto], segments[b, t:upto] = piece.branches, segment
             starts[i], t = b * T + t, upto
-        positions[b, t:] = np.arange(T - t)
     ends = [p.ends + s if s >= 0 else np.full(len(p.ends), -1) for p, s in zip(pieces, starts)]
     ends_N = np.concatenate(ends) if ends else np.empty(0, np.int64)
     as_tensor = torch.from_numpy

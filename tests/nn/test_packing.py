@@ -163,7 +163,7 @@ def test_no_rows_are_one_token_of_padding() -> None:
 def test_laid_rows_by_hand() -> None:
     laid = lay([chain([5, 6]), tree([[7, 8], [7, 9, 3]]), chain([4])], [[1, 2], [0]])
     assert laid.ids_BT.tolist() == [[7, 8, 9, 3, 4], [5, 6, 0, 0, 0]]
-    assert laid.positions_BT.tolist() == [[0, 1, 1, 2, 0], [0, 1, 0, 1, 2]]
+    assert laid.positions_BT.tolist() == [[0, 1, 1, 2, 0], [0, 1, 0, 0, 0]]
     assert laid.segments_BT.tolist() == [[1, 1, 1, 1, 2], [1, 1, 0, 0, 0]]
     assert laid.branches_BT is not None and laid.branches_BT.tolist() == [[0, 1, 2, 2, 0], [0, 0, 0, 0, 0]]
     assert laid.ends_N.tolist() == [6, 1, 3, 4]  # in the order of the pieces, not of the rows

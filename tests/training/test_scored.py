@@ -210,6 +210,16 @@ def test_a_rank_without_a_pair_gives_zeros_that_have_a_gradient() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
 
 
+def test_a_pair_that_is_not_shared_may_be_longer_than_the_context() -> None:
+    """And leaves more padding in the row beside it than the context has positions."""
+    ours, theirs = made("gqa")
+    pairs = [([1, *range(5, 50), 2], [1, *range(5, 49), 51, 2]), ([1, 4, 2], [1, 5, 2])]
+    found = rows_of(stored(pairs), share=False).scores(Scored(ours, lambda scores: scores), [0, 1], torch.float32)
+    with torch.no_grad():
+        wanted = padded_scores(theirs, [s for p in pairs for s in p])
+    assert np.abs(found.ravel() - wanted.numpy()).max() < 1e-5
+
+
 @BOTH_FORMS
 @pytest.mark.parametrize("share", [True, False])
 def test_scores_come_in_the_order_asked_for(share: bool) -> None:
