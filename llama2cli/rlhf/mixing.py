@@ -8,7 +8,7 @@ its name, or what stands before the first dot of it: `helpfulness`, `safety.harm
     safety        all safety data, and a ninth of that from helpfulness and open data: 90/10
 
 Choices that the paper leaves open:
-1. No pair is read twice in an epoch: where the rest is smaller than wanted, all of it is taken and that is told.
+1. Where the rest is smaller than wanted, all of it is taken, nothing twice, and that is told.
 """
 
 from __future__ import annotations

@@ -113,6 +113,11 @@ class Settings(Training):
     steps: int | None = flag(default=None, low=1, help="optimizer steps, instead of --epochs")
     lr: float | None = flag(default=None, low=0, help="peak learning rate (default: 1e-5, 5e-6 for 70b)")
     warmup: int | None = flag(default=None, low=0, help="steps of warm-up (default: 3% of the run, at least 5)")
+    eval_every: int | None = flag(
+        default=None,
+        low=1,
+        help="steps between held-out measurements (default: a quarter of an epoch; --save-every with --calibrate)",
+    )
 
 
 EPOCHS = 1.0  # Llama 2, section 3.2.2, as the next; batch size, warm-up and decay are above
@@ -221,10 +226,8 @@ def prepare(settings: Settings, world: World) -> Job:
         safety_weight = (
             (1.0 if settings.mix == "safety" else 0.0) if settings.safety_weight is None else settings.safety_weight
         )
-        if safety_weight and not (labels["safe"] >= 0).any():
-            raise Misuse(
-                'no comparison has a "safety" label: there is nothing for the loss to learn', "--safety-weight"
-            )
+        if safety_weight and not any((labels["safe"][p.index] >= 0).any() for p in parts):
+            raise Misuse('no comparison that is trained on has a "safety" label to learn from', "--safety-weight")
     else:
         safety_weight = 0.0
 
@@ -247,7 +250,7 @@ def prepare(settings: Settings, world: World) -> Job:
             steps=steps,
             lr=learning_rate(config) if settings.lr is None else settings.lr,
             warmup=warmup_steps(steps, settings.warmup, tuning=True),
-            eval_every=max(1, an_epoch // settings.batch_size // 4),
+            eval_every=None if settings.calibrate else max(1, an_epoch // settings.batch_size // 4),
         ),
         "batch_size": settings.batch_size,
         "micro_tokens": budgeted,
@@ -300,7 +303,7 @@ def prepare(settings: Settings, world: World) -> Job:
         told=("step", "loss", "accuracy", "heldout_loss", "heldout_accuracy", "epochs"),
         tracked=tracked(settings.objective, safety_weight),
         scorer=True,
-        saved=lambda metrics: {"score_offset": metrics.get("score_offset", 0.0), "chat_template": TEMPLATE},
+        saved=lambda metrics: {"score_offset": offset_of(metrics, settings.calibrate), "chat_template": TEMPLATE},
     )
     return Job(what, rows, apart, report, work)
 
@@ -364,17 +367,20 @@ def mixed(settings: Settings, parts: list[Part], *, explicit: bool) -> tuple[lis
         if role not in mixing.ROLES:
             wanted = f"expected one of {', '.join(mixing.ROLES)}"
             raise Misuse(f'{wanted}, got "{role}"{did_you_mean(role, mixing.ROLES)}', "--without")
+    notes = []
     if settings.without:
+        unused = [role for role in settings.without if role not in map(mixing.role_of, (p.name for p in parts))]
+        notes = [f"--without {role}: there are no such data" for role in unused]
         parts = [p for p in parts if mixing.role_of(p.name) not in settings.without]
         if not parts:
             raise Misuse("leaves nothing to train on", "--without")
     if settings.mix == "none":
-        return parts, []
+        return parts, notes
     if explicit:
         raise Misuse("sets the weights of the sources; leave :WEIGHT out of --data", "--mix")
-    chosen, notes = mixing.weights(settings.mix, {p.name: len(p.index) for p in parts}, settings.own_share)
+    chosen, more = mixing.weights(settings.mix, {p.name: len(p.index) for p in parts}, settings.own_share)
     weighted = [dataclasses.replace(p, weight=chosen[p.name]) for p in parts]
-    return [p for p in weighted if p.amount], notes
+    return [p for p in weighted if p.amount], notes + more
 
 
 def margins(settings: Settings, store: Examples) -> Margins:
@@ -504,6 +510,13 @@ def held_out(
     )
     total = float((ranking + safety_weight * auxiliary).mean())
     return {"heldout_loss": total, "heldout_accuracy": result["accuracy"]["value"], **offset, "heldout": result}
+
+
+def offset_of(metrics: Mapping[str, Any], calibrate: bool) -> float:
+    """The calibrated origin that a step is saved with; one that is saved by a signal may not have been measured."""
+    if calibrate and "score_offset" not in metrics:
+        console.warn("saved without score_offset: this step was not measured; --resume goes on to one that is")
+    return metrics.get("score_offset", 0.0)
 
 
 def dry_run(job: Job) -> dict[str, Any]:
