@@ -228,6 +228,11 @@ def prepare(settings: Settings, world: World) -> Job:
         )
         if safety_weight and not any((labels["safe"][p.index] >= 0).any() for p in parts):
             raise Misuse('no comparison that is trained on has a "safety" label to learn from', "--safety-weight")
+        known = {int(y) for p in apart for y in labels["safe"][p.index].flat}
+        if settings.calibrate and not {0, 1} <= known:
+            raise Misuse(
+                'wants held-out answers that are safe and some that are not (the "safety" field)', "--calibrate"
+            )
     else:
         safety_weight = 0.0
 

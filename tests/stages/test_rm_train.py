@@ -765,3 +765,90 @@ def test_stdin(
             (piped / "latest").write_text("step-000001\n")
     for name in ("loss", "grad_norm"):
         assert [m[name] for m in metrics(piped)] == pytest.approx([m[name] for m in metrics(plain)], rel=1e-5)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+NO_LABEL = '--safety-weight: no comparison that is trained on has a "safety" label'
+NO_KINDS = "--calibrate: wants held-out answers that are safe and some that are not"
+BINARY = "{c}/labels.jsonl --objective binary --heldout 0.2"
+BAD = [
+    (2, "--own-share: is the share in a mixture; give --mix", "{p} --own-share 0.3"),
+    (2, "--own-share: expected 0.01 to 1, got 1.5", "{p} --mix safety --own-share 1.5"),
+    (2, "--calibrate: wants held-out comparisons with safety labels; give --heldout", "{p} --calibrate"),
+    (2, "each save (3) wants a measurement", "{p} --heldout 0.2 --calibrate --save-every 3 --eval-every 2"),
+    (2, NO_KINDS, "{p} --heldout {c}/few.jsonl --calibrate"),
+    (2, "give one of --heldout and --heldout-per-batch", "{p} --heldout 0.2 --heldout-per-batch 5"),
+    (2, "--eval-every: there is nothing to measure; give --heldout", "{p} --eval-every 2"),
+    (2, "give one of --steps and --epochs", "{p} --steps 2 --epochs 1"),
+    (2, "--epochs: expected more than 0", "{p} --epochs 0"),
+    (2, "fp16 is for inference only", "{p} --dtype fp16"),
+    (2, "--margin: expected none, small, large, or four numbers", "{p} --margin tiny"),
+    (2, 'got "smal"; did you mean "small"', "{p} --margin smal"),
+    (2, "--margin: expected none, small, large, or four numbers", "{p} --margin 1,2,3"),
+    (2, "--without: expected one of helpfulness, safety, open", "{p} --without webgpt"),
+    (2, 'did you mean "open"', "{p} --without opem"),
+    (2, 'named by its role, as safety=FILE or open.webgpt=FILE, got "pairs"', "{p} --mix safety"),
+    (2, 'did you mean "safety"', "--data safty={p} --mix safety"),
+    (2, "there are no data named helpfulness: give helpfulness=FILE", "--data open={p} --mix helpfulness"),
+    (2, "--mix: sets the weights of the sources; leave :WEIGHT out", "--data safety={p}:2 --mix safety"),
+    (2, "--without: leaves nothing to train on", "--data safety={p} --without safety"),
+    (2, "there are no data named safety", "--data safety={p} --data open={c}/few.jsonl --mix safety --without safety"),
+    (2, NO_LABEL, "{c}/few.jsonl --safety-weight 1"),
+    (2, NO_LABEL, "--data safety={c}/few.jsonl --mix safety"),
+    (2, NO_LABEL, "{c}/few.jsonl --heldout {c}/other.jsonl --safety-weight 1"),
+    (2, NO_LABEL, "--data open={c}/few.jsonl --data safety={p} --without safety --safety-weight 1"),
+    (2, 'two sources are called "pairs"', "{p} --data {p}"),
+    (2, "--format: expected one of auto, comparison", "{p} --format hh"),
+    (1, 'no record has a "batch": --heldout-per-batch has nothing to hold out', "{c}/few.jsonl --heldout-per-batch 2"),
+    (1, "leaves nothing to train on", "{p} --heldout-per-batch 1000"),
+    (1, "few.jsonl:2: rating: is missing, and the margin depends on it", "{c}/few.jsonl --margin small"),
+    (1, "labels.jsonl:1", "{c}/labels.jsonl"),
+    (1, "pairs.jsonl:1", "{p} --objective binary"),
+    (1, "pairs.jsonl: holds no comparison to train on", "{p} --context 8"),
+    (2, "--margin: has no meaning with --objective binary", BINARY + " --margin small"),
+    (2, "--default-rating: has no meaning with --objective binary", BINARY + " --default-rating better"),
+    (2, "--safety-weight: has no meaning with --objective binary", BINARY + " --safety-weight 1"),
+    (2, "--calibrate: has no meaning with --objective binary", BINARY + " --calibrate"),
+    (2, "--heldout-per-batch: has no meaning with --objective binary", BINARY + " --heldout-per-batch 5"),
+]
+
+
+@pytest.mark.parametrize("code, message, line", BAD)
+def test_one_line(
+    kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, message: str, line: str
+) -> None:
+    few = [{k: v for k, v in comparison(i).items() if k not in ("safety", "batch")} for i in range(1, 12)]
+    del few[1]["rating"]
+    write(kit / "few.jsonl", few)
+    write(kit / "other.jsonl", [comparison(i) for i in range(60, 70)])
+    flags = line.format(p=kit / "pairs.jsonl", c=kit).split()
+    context = [] if "--context" in flags else ["--context", "128"]
+    args = ["rm-train", "--init", kit / "lm", "--quiet", *context, "--batch-size", 8, *flags, "-o", tmp_path / "run"]
+    found, err = fails(capsys, args)
+    assert (found, message in err) == (code, True), err
+    assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_ratings_are_listed(kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = write(tmp_path / "p.jsonl", [comparison(1), comparison(2) | {"rating": "significant"}])
+    code, err = fails(capsys, ["rm-train", "--init", kit / "lm", bad, "-o", tmp_path / "run", "--quiet"])
+    assert code == 1 and "p.jsonl:2: rating: expected one of significantly, better, slightly, negligibly" in err
+    assert 'did you mean "significantly"' in err
+
+
+def test_a_role_that_is_left_out_and_not_there_is_told(
+    kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"rm-train --init {kit}/lm --data safety={kit}/pairs.jsonl --context 128 --without open --dry-run"
+    assert cli.invoke([*line.split(), "-o", str(tmp_path / "run")]) == 0
+    assert "warning: --without open: there are no such data" in capsys.readouterr().err
+
+
+def test_a_head_that_is_not_finite_stops_the_run(server: harness.Server, kit: Path, tmp_path: Path) -> None:
+    line = f"""rm-train --init {kit}/lm {kit}/pairs.jsonl --context 128 --batch-size 8 --steps 6 --save-every 1
+        --lr 1e30 --warmup 0 --heldout 0.2 --eval-every 6 --quiet -o {tmp_path}/run"""
+    assert server.run(line.split(), tmp_path / "log") == 1
+    err = (tmp_path / "log.err").read_text()
+    assert err.count("\n") == 1 and "the last checkpoint is good" in err
+    harness.assert_loadable(tmp_path / "run")
