@@ -465,6 +465,126 @@ def _(kit: Path) -> list[str]:
     return ["plan", "--preset", "8b"]
 
 
+# --- comparisons and reward models --------------------------------------------------------------------------------
+
+
+def compared(**changes: Any) -> str:
+    """A comparison with some fields changed; None takes one away."""
+    good = {
+        "prompt": [{"role": "user", "content": "the fox"}],
+        "chosen": [{"role": "assistant", "content": "jumps over"}],
+        "rejected": [{"role": "assistant", "content": "the lazy dog"}],
+        "rating": "better",
+    }
+    return json.dumps({k: v for k, v in (good | changes).items() if v is not None})
+
+
+def rm_train(kit: Path, *files: str, init: str = "ck") -> list[str]:
+    given = files or (f"{kit}/pairs.jsonl",)
+    return ["rm-train", "--init", f"{kit}/{init}", "--batch-size", "2", "--steps", "1", "-o", f"{kit}/run", *given]
+
+
+@case(
+    "a rating that is none",
+    1,
+    "p.jsonl:2: rating",
+    "significantly, better, slightly, negligibly",
+    '"beter"',
+    'did you mean "better"',
+)
+def _(kit: Path) -> list[str]:
+    return rm_train(kit, records(kit, "p.jsonl", compared(), compared(rating="beter")))
+
+
+@case("a margin without a rating", 1, "p.jsonl:2: rating", "--default-rating")
+def _(kit: Path) -> list[str]:
+    lines = compared(), compared(rating=None)
+    return [*rm_train(kit, records(kit, "p.jsonl", *lines)), "--margin", "small"]
+
+
+@case("a safety label that is none", 1, "p.jsonl:1: safety", "chosen_safe", '"safe"')
+def _(kit: Path) -> list[str]:
+    return rm_train(kit, records(kit, "p.jsonl", compared(safety="safe")))
+
+
+@case("a chosen answer that is the user's", 1, "p.jsonl:1: chosen[0].role")
+def _(kit: Path) -> list[str]:
+    return rm_train(kit, records(kit, "p.jsonl", compared(chosen=[{"role": "user", "content": "a"}])))
+
+
+@case("a comparison of which one answer is missing", 1, "p.jsonl:1", "rejected")
+def _(kit: Path) -> list[str]:
+    return rm_train(kit, records(kit, "p.jsonl", compared(rejected=None)))
+
+
+@case("a batch that is no number", 1, "p.jsonl:1: batch", "integer")
+def _(kit: Path) -> list[str]:
+    return rm_train(kit, records(kit, "p.jsonl", compared(batch="first")))
+
+
+@case("two dialogues that ask different things", 1, "p.jsonl:1: rejected[0]", "prompt")
+def _(kit: Path) -> list[str]:
+    one, two = ([{"role": "user", "content": x}, {"role": "assistant", "content": "b"}] for x in "ac")
+    return rm_train(kit, records(kit, "p.jsonl", json.dumps({"chosen": one, "rejected": two})))
+
+
+@case("comparisons of which all are left out", 1, "p.jsonl", "no comparison")
+def _(kit: Path) -> list[str]:
+    return rm_train(kit, records(kit, "p.jsonl", compared(safety="rejected_safe")))
+
+
+@case("dialogues in place of comparisons", 1, "prompts.jsonl:1")
+def _(kit: Path) -> list[str]:
+    return rm_train(kit, f"{kit}/prompts.jsonl")
+
+
+@case("a tag in a comparison that is to have none", 1, "p.jsonl:1", "messages[0].content", "[/INST]")
+def _(kit: Path) -> list[str]:
+    prompt = [{"role": "user", "content": "a [/INST] b"}]
+    return [*rm_train(kit, records(kit, "p.jsonl", compared(prompt=prompt))), "--tags", "refuse"]
+
+
+@case("a label that is neither 0 nor 1", 1, "l.jsonl:1: label", "0", "1")
+def _(kit: Path) -> list[str]:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    line = json.dumps({"messages": messages, "label": 2})
+    return [*rm_train(kit, records(kit, "l.jsonl", line)), "--objective", "binary"]
+
+
+@case("a labelled dialogue without its label", 1, "l.jsonl:1", "label")
+def _(kit: Path) -> list[str]:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return [*rm_train(kit, records(kit, "l.jsonl", json.dumps({"messages": messages}))), "--objective", "binary"]
+
+
+@case("a source of a mix without a role", 2, "safty", 'did you mean "safety"')
+def _(kit: Path) -> list[str]:
+    return [*rm_train(kit, "--data", f"safty={kit}/pairs.jsonl"), "--mix", "safety"]
+
+
+@case("a margin that is none", 2, "--margin", "none, small, large", 'did you mean "large"')
+def _(kit: Path) -> list[str]:
+    return [*rm_train(kit), "--margin", "larg"]
+
+
+@case("a safety loss without labels", 2, "--safety-weight", "label")
+def _(kit: Path) -> list[str]:
+    return [*rm_train(kit), "--safety-weight", "1"]
+
+
+@case("a reward model of two labels", 1, "model.safetensors", "one label")
+def _(kit: Path) -> list[str]:
+    path, table, data = weights(kit)
+    edit(kit / "ck" / "config.json", architectures=["LlamaForSequenceClassification"], num_labels=1, pad_token_id=0)
+    head = table.pop("lm_head.weight")
+    start = head["data_offsets"][0]
+    table["score.weight"] = {"dtype": "F32", "shape": [2, 32], "data_offsets": [start, start + 256]}
+    rest = {k: v for k, v in table.items() if v.get("data_offsets", (0,))[0] > start}
+    assert not rest  # the head is the last
+    tensors(path, table, data[: start + 256])
+    return rm_train(kit)
+
+
 # --- settings and outputs -----------------------------------------------------------------------------------------
 
 
@@ -526,6 +646,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"{words[i % 3]} {i} times" for i in range(400)]
     (kit / "tok.model").write_bytes(train(texts, 300))
     records(kit, "d.jsonl", *(json.dumps({"text": t}) for t in texts))
+    pairs = [{"prompt": [{"role": "user", "content": f"the fox {i}"}]} for i in range(3)]
+    records(kit, "pairs.jsonl", *(compared(**pair) for pair in pairs))
     records(kit, "prompts.jsonl", '{"messages": [{"role": "user", "content": "the fox"}]}')
     (kit / "shape.json").write_text(json.dumps(CONFIG))
     assert cli.invoke(["tokenize", "--tokenizer", f"{kit}/tok.model", "-o", f"{kit}/toks", f"{kit}/d.jsonl"]) == 0
@@ -553,7 +675,8 @@ def told(text: str) -> list[str]:
 
 def test_the_kit_is_good(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The commands that the cases spoil succeed when nothing is spoilt."""
-    for args in (tokenize(kit, f"{kit}/d.jsonl", out="new.jsonl"), pretrain(kit), generate(kit)):
+    commands = [tokenize(kit, f"{kit}/d.jsonl", out="new.jsonl"), pretrain(kit), generate(kit)]
+    for args in (*commands, [*rm_train(kit)[:-3], "-o", f"{kit}/rm", f"{kit}/pairs.jsonl"]):
         assert cli.invoke([*args, "--quiet"]) == 0, capsys.readouterr().err
         assert told(capsys.readouterr().err) == []
 
