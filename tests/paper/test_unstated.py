@@ -31,12 +31,30 @@ MADE = [
     "pretrain --dtype",
     "pretrain --seed",
     "plan --mfu",
+    "sft --tags",
+    "sft --packing",
+    "sft --long",
+    "sft --batch-size",
+    "sft --warmup",
+    "sft --final-lr",
+    "sft --heldout",
+    "rm-train --heldout-per-batch",
+    "rm-train --margin",
+    "rm-train --safety-weight",
+    "rm-train --own-share",
+    "rm-train --calibrate",
+    "eval dialogues --outlier",
+    "eval preferences --tokenizer",
 ]
 # Defaults that the row has to state, in the words of the table.
 STATED = {
     "tokenize --character-coverage": "0.99995",
     "pretrain --decay": "matri",
     "plan --mfu": "0.40",
+    "sft --packing": "blocks",
+    "sft --warmup": "3%",
+    "rm-train --margin": "small",
+    "rm-train --safety-weight": "weight 1",
 }
 
 
