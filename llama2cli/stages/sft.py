@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama2cli import console, provenance
@@ -269,12 +270,12 @@ def show_mask(job: Job, n: int) -> None:
 
 
 def coloured(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> str:
-    """The pieces of a dialogue, those that are trained in green and underlined, the others dim."""
+    """The text of a dialogue, what is trained in green and underlined, the rest dim; what cannot be shown as <0x1B>."""
     out = []
-    for i, trained in zip(ids, mask):
-        piece = tokenizer.id_to_piece(i).replace("▁", " ")
-        text = {"<0x0A>": "\\n\n"}.get(piece, piece)
-        text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    for trained, group in groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        pieces = [tokenizer.id_to_bytes(i) or tokenizer.id_to_piece(i).encode() for i, _ in group]
+        text = b"".join(pieces).decode(errors="backslashreplace")
+        text = "".join("\\n\n" if c == "\n" else c if c.isprintable() else f"<0x{ord(c):02X}>" for c in text)
         out.append(f"\x1b[{'32;4' if trained else '2'}m{text}\x1b[0m")
     return "".join(out)
 
