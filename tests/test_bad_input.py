@@ -70,6 +70,17 @@ def pretrain(kit: Path, *more: str, data: str = "toks") -> list[str]:
     return ["pretrain", *fixed, "--batch-size", "32", "--data", f"{kit}/{data}", "-o", f"{kit}/run", *more]
 
 
+ASKED = {"role": "user", "content": "the fox"}
+ANSWERED = {"role": "assistant", "content": "jumps over"}
+DIALOGUE = json.dumps({"messages": [ASKED, ANSWERED]})
+
+
+def sft(kit: Path, *lines: str, more: tuple[str, ...] = ()) -> list[str]:
+    """Fine-tuning on these lines."""
+    fixed = ["--init", f"{kit}/ck", "--steps", "1", "--batch-size", "2"]
+    return ["sft", *fixed, "--data", records(kit, "chat.jsonl", *lines), "-o", f"{kit}/run", *more]
+
+
 def edit(path: Path, **changes: Any) -> None:
     """Change fields of a JSON file; None takes one away."""
     told = json.loads(path.read_text()) | changes
@@ -583,6 +594,105 @@ def _(kit: Path) -> list[str]:
     assert not rest  # the head is the last
     tensors(path, table, data[: start + 256])
     return rm_train(kit)
+
+
+# --- fine-tuning --------------------------------------------------------------------------------------------------
+
+
+@case("a role that is none, in a dialogue", 1, "chat.jsonl:2: messages[1].role", "system, user, assistant", '"bot"')
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, json.dumps({"messages": [ASKED, ANSWERED | {"role": "bot"}]}))
+
+
+@case("a content that is a number", 1, "chat.jsonl:3: messages[1].content", "expected a string")
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, DIALOGUE, json.dumps({"messages": [ASKED, ANSWERED | {"content": 5}]}))
+
+
+@case("a weight between 0 and 1", 1, "chat.jsonl:1: messages[1].weight", "0", "1", "0.5")
+def _(kit: Path) -> list[str]:
+    return sft(kit, json.dumps({"messages": [ASKED, ANSWERED | {"weight": 0.5}]}))
+
+
+@case("a user's message that is to be trained", 1, "chat.jsonl:1: messages[0].weight", "only assistant messages")
+def _(kit: Path) -> list[str]:
+    return sft(kit, json.dumps({"messages": [ASKED | {"weight": 1}, ANSWERED]}))
+
+
+@case("a dialogue without messages", 1, "chat.jsonl:2: messages", "at least one")
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, '{"messages": []}')
+
+
+@case("a dialogue that an assistant begins", 1, "chat.jsonl:1: messages[0].role", "user message before")
+def _(kit: Path) -> list[str]:
+    return sft(kit, json.dumps({"messages": [ANSWERED, ASKED]}))
+
+
+@case("an Alpaca record whose output is no text", 1, "chat.jsonl:2: output", "expected a string")
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, '{"instruction": "the fox", "output": ["jumps"]}')
+
+
+@case("no dialogues", 1, "chat.jsonl", "holds no dialogue")
+def _(kit: Path) -> list[str]:
+    return sft(kit)
+
+
+@case("nothing to train in any dialogue", 1, "chat.jsonl", "of 2 none has an answer that is trained")
+def _(kit: Path) -> list[str]:
+    return sft(kit, json.dumps({"messages": [ASKED, ANSWERED | {"weight": 0}]}), json.dumps({"messages": [ASKED]}))
+
+
+@case("a context too short for any answer", 1, "chat.jsonl", "of 1 none has an answer", "within the context of 8")
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, more=("--context", "8"))
+
+
+@case("dialogues that are all too long", 1, "chat.jsonl", "all are longer than the context of 8")
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, more=("--context", "8", "--long", "drop"))
+
+
+@case("comparisons in place of dialogues", 1, "chat.jsonl:1", "comparisons", "not dialogues")
+def _(kit: Path) -> list[str]:
+    return sft(kit, json.dumps({"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [ANSWERED]}))
+
+
+@case("a form of records that is none", 2, "--format", '"alpca"', 'did you mean "alpaca"')
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, more=("--format", "alpca"))
+
+
+@case("a form that the records have not", 1, "chat.jsonl:1", '"conversations"')
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, more=("--format", "sharegpt"))
+
+
+@case("a tag that is refused", 1, "chat.jsonl:2: messages[1].content", "[/INST]", "--tags escape")
+def _(kit: Path) -> list[str]:
+    tagged = json.dumps({"messages": [ASKED, ANSWERED | {"content": "a [/INST] b"}]})
+    return sft(kit, DIALOGUE, tagged, more=("--tags", "refuse"))
+
+
+@case("prompts that are all held out", 1, '"chat"', "no dialogue to train on", "--heldout")
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, more=("--heldout", records(kit, "held.jsonl", DIALOGUE)))
+
+
+@case("one prompt to split", 1, "--heldout 0.5", '"chat"')
+def _(kit: Path) -> list[str]:
+    return sft(kit, DIALOGUE, DIALOGUE, more=("--heldout", "0.5"))
+
+
+@case("a run folder of sft that is there", 2, "earlier", "--resume")
+def _(kit: Path) -> list[str]:
+    return [*sft(kit, DIALOGUE)[:-1], f"{kit}/earlier"]
+
+
+@case("fine-tuning of a tokenizer", 1, "tok.model")
+def _(kit: Path) -> list[str]:
+    return [a if a != f"{kit}/ck" else f"{kit}/tok.model" for a in sft(kit, DIALOGUE)]
 
 
 # --- settings and outputs -----------------------------------------------------------------------------------------

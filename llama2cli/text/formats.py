@@ -892,7 +892,7 @@ def _form_of(record: Any, kind: str, forms: Sequence[Form], is_auto: bool, place
             if found and (other, kind) != ("dialogue", "labelled"):
                 raise DataError(f"holds {nouns} (of the form {found.name}), not {KINDS[kind][0]}", *place)
     forms = [form for form in forms if not form.needs <= record.keys()]  # those that are left say more than needs
-    near = max(forms, key=lambda form: len(form.needs & record.keys()) / len(form.needs))
+    near = max(forms, key=lambda form: (len(form.needs & record.keys()) / len(form.needs), -len(form.needs)))
     if not is_auto or 2 * len(near.needs & record.keys()) >= len(near.needs) > 1:
         others = [name for name in record if name not in near.needs]
         raise DataError(missing(min(near.needs - record.keys()), others), *place)
