@@ -33,6 +33,7 @@ VOCABULARY = {"1m": 2048, "15m": 32000}
 TUNED = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 2**31 - 1, "MALLOC_TOP_PAD_": 256 << 20}
 RATE = 1e-4  # peak, of every run
 CHECKED = 4  # steps over one batch whose losses are compared
+SKIPPED = {"ours": 4, "TRL": 2}  # steps of a run that are not counted
 TRAINED = ("gutenberg/*.txt.gz", "wikitext2/*.txt.gz")  # texts of the tokenizers, beside the dialogues
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 Task = dict[str, Any]
@@ -117,12 +118,19 @@ def command(arguments: Sequence[str], env: Any) -> None:
         sys.exit(f"llama2 {shlex.join(arguments)}\n{done.stderr[-3000:]}")
 
 
-def ours(arguments: Sequence[str], args: argparse.Namespace) -> tuple[list[float], list[dict[str, Any]]]:
-    """A run of a training command: seconds of its steps after the first, and its metrics of all."""
+def ours(arguments: Sequence[str], items: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of a run of a training command: loss, seconds (from the end of the step before) and tokens by step.
+
+    items: dialogues or pairs of a step.
+    """
     with tempfile.TemporaryDirectory() as out:
         command([*arguments, "-o", f"{out}/run", "--quiet"], environment(args, tuned=False))
-        ends = [line["seconds"] for line in read_lines(f"{out}/run/timing.jsonl")]
-        return [b - a for a, b in itertools.pairwise(ends)], read_lines(f"{out}/run/metrics.jsonl")
+        timing, metrics = read_lines(f"{out}/run/timing.jsonl"), read_lines(f"{out}/run/metrics.jsonl")
+    ends = [0.0, *(line["seconds"] for line in timing)]
+    return [
+        {"loss": m["loss"], "seconds": b - a, "tokens": round(t["tokens_per_second"] * items / t["items_per_second"])}
+        for m, t, (a, b) in zip(metrics, timing, itertools.pairwise(ends))
+    ]
 
 
 # --- theirs: a trainer on a clock ---------------------------------------------------------------------------------
@@ -154,7 +162,7 @@ def clocked(trainer: type, count: Callable[[dict[str, Any]], dict[str, int]], ta
 
     rows: list[dict[str, Any]] = []
 
-    class Counted(trainer):  # type: ignore[misc]
+    class Counted(trainer):
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             counts = count(inputs)
             loss = super().compute_loss(model, inputs, *rest, **named)
@@ -170,7 +178,7 @@ def clocked(trainer: type, count: Callable[[dict[str, Any]], dict[str, int]], ta
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             now = time.perf_counter()
             rows[-1]["seconds"], self.at = now - self.at, now
-            times = [row["seconds"] for row in rows[task["skip"] :]]
+            times = [row["seconds"] for row in rows[SKIPPED["TRL"] :]]
             if len(times) >= 4 and sum(times) >= task["seconds"]:
                 control.should_training_stop = True
 
@@ -224,9 +232,10 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    low, _, high = statistics.quantiles(seconds, n=4)
-    return {"median_s": statistics.median(seconds), "iqr": (high - low) / statistics.median(seconds), "n": len(seconds)}
+def rates(values: Sequence[float], name: str) -> dict[str, Any]:
+    """The median, named, its spread (IQR over median), and how many there were."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {name: middle, "iqr": (high - low) / middle, "n": len(values)}
 
 
 def listed(rows: Sequence[dict[str, Any]], key: str, form: str) -> str:

@@ -115,36 +115,24 @@ def head(work: Path, base: Path) -> Path:
     return folder
 
 
-def of_ours(made: Task, dtype: str, args: argparse.Namespace, side: str, *, check: bool) -> Task:
-    """Rate and spread of `llama2 rm-train`, or the losses of the steps over one batch."""
-    steps = peer.CHECKED if check else 4 + max(8, round(args.seconds * GUESS[made["data"]] / PAIRS))
-    seconds, metrics = peer.ours(
-        ["rm-train", f"{made['files']}-{'batch' if check else 'all'}.jsonl", "--init", made["init"],
-         "--context", str(LIMIT[made["data"]]), "--batch-size", str(PAIRS), "--steps", str(steps),
-         "--lr", str(peer.RATE), "--warmup", str(peer.warm_up(check)), "--margin", "none", "--dtype", dtype,
-         "--save-every", str(steps), *(["--two-rows"] if "two rows" in side else [])],
-        args,
-    )  # fmt: skip
-    if check:
-        return {"losses": [m["loss"] for m in metrics]}
-    counted = seconds[3:]
-    return {"pairs_s": PAIRS / statistics.median(counted), **peer.spread(counted)}
+def of_ours(made: Task, dtype: str, side: str, args: argparse.Namespace, *, check: bool) -> list[dict[str, Any]]:
+    """Steps of `llama2 rm-train`."""
+    guess = args.seconds * GUESS[made["data"]] / PAIRS
+    steps = peer.CHECKED if check else peer.SKIPPED["ours"] + max(8, round(guess))
+    called = [
+        "rm-train", f"{made['files']}-{'batch' if check else 'all'}.jsonl", "--init", made["init"],
+        "--context", str(LIMIT[made["data"]]), "--batch-size", str(PAIRS), "--steps", str(steps),
+        "--lr", str(peer.RATE), "--warmup", str(peer.warm_up(check)), "--margin", "none", "--dtype", dtype,
+        "--save-every", str(steps), *(["--no-shared-prefix"] if "two rows" in side else []),
+    ]  # fmt: skip
+    return peer.ours(called, PAIRS, args)
 
 
-def of_trl(made: Task, dtype: str, side: str, args: argparse.Namespace, *, check: bool) -> Task:
-    """The same of RewardTrainer."""
+def of_trl(made: Task, dtype: str, side: str, args: argparse.Namespace, *, check: bool) -> list[dict[str, Any]]:
+    """Steps of RewardTrainer."""
     task = made | {"side": side, "dtype": dtype, "check": check, "batch": PAIRS, "seconds": args.seconds}
-    task |= {
-        "file": f"{made['files']}-{'batch' if check else 'all'}-ids.jsonl",
-        "skip": 2,
-        "limit": LIMIT[made["data"]],
-    }
-    rows = peer.theirs(__file__, task | {"steps": peer.CHECKED if check else 200}, args)
-    if check:
-        return {"losses": [row["loss"] for row in rows]}
-    counted = [row["seconds"] for row in rows[task["skip"] :]]
-    padding = 1 - sum(row["tokens"] for row in rows) / sum(row["places"] for row in rows)
-    return {"pairs_s": PAIRS / statistics.median(counted), **peer.spread(counted), "padding": padding}
+    task |= {"file": f"{made['files']}-{'batch' if check else 'all'}-ids.jsonl", "limit": LIMIT[made["data"]]}
+    return peer.theirs(__file__, task | {"steps": peer.CHECKED if check else 200}, args)
 
 
 def measure(task: Task, folder: str) -> Task:
@@ -173,13 +161,12 @@ def compare(made: Task, dtype: str, args: argparse.Namespace) -> list[list[str]]
     sides = [s for s in SIDES if not args.sides or s in args.sides.split(";")]
 
     def one(side: str, *, check: bool) -> Task:
-        form = (
-            of_ours(made, dtype, args, side, check=check)
-            if "ours" in side
-            else of_trl(made, dtype, side, args, check=check)
-        )
-        what = "losses" if check else "speed"
-        return peer.told({"what": what, "data": made["data"], "dtype": dtype, "side": side, **form})
+        steps = (of_ours if "ours" in side else of_trl)(made, dtype, side, args, check=check)
+        row = {"what": "losses" if check else "speed", "data": made["data"], "dtype": dtype, "side": side}
+        if check:
+            return peer.told({**row, "losses": [step["loss"] for step in steps]})
+        counted = steps[peer.SKIPPED["ours" if "ours" in side else "TRL"] :]
+        return peer.told({**row, **peer.rates([PAIRS / step["seconds"] for step in counted], "pairs_s")})
 
     checked = {side: one(side, check=True)["losses"] for side in sides if "tuned" not in side}
     found: dict[str, list[Task]] = {side: [] for side in sides}

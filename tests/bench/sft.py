@@ -7,7 +7,8 @@ in LLAMA2_SHARED), those of at most 256 tokens, so that neither side cuts one. T
 loss mask as labels: its own default would train the prompts too. A step is about 16 (1m) or 8 (15m) rows of 256 tokens.
 
 tokens/s counts the tokens of the dialogues that went through the model, prompts and answers, trained or not; padding is
-not counted. Ours packs the dialogues of a batch into rows, attention stays within a dialogue. TRL, "wrapped" (its
+not counted. Ours packs the dialogues of a batch into rows, attention stays within a dialogue; "concat" is `--packing
+concat`, rows like those of "wrapped". TRL, "wrapped" (its
 fastest): one stream of tokens cut at every 256th, dialogues see their neighbours and are cut. TRL, "bfd" (its default):
 whole dialogues, all rows of a batch flattened to one, attention within a dialogue. "malloc tuned": three environment
 variables keep glibc from returning memory.
@@ -20,7 +21,6 @@ is told. Needs `pip install trl datasets accelerate`.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import statistics
@@ -35,8 +35,9 @@ from beside_trl import Task
 CONTEXT = 256
 ROWS = {"1m": 16, "15m": 8}
 GUESS = {("1m", "fp32"): 16000, ("1m", "bf16"): 22000, ("15m", "fp32"): 2200, ("15m", "bf16"): 3400}  # tokens/s
-WRAPPED, BFD = ("TRL wrapped", "TRL wrapped, malloc tuned"), ("TRL bfd", "TRL bfd, malloc tuned")
-SIDES = {"1m": ("ours", *WRAPPED, *BFD), "15m": ("ours", *WRAPPED)}  # bfd: in the first round only, it is slow
+WRAPPED = ("TRL wrapped", "TRL wrapped, malloc tuned")
+ONCE = ("ours, concat", "TRL bfd", "TRL bfd, malloc tuned")  # in the first round only
+SIDES = {"1m": ("ours", *WRAPPED, *ONCE), "15m": ("ours", *WRAPPED)}
 BAR = 2.0
 FILES = {
     "instruction_1100/instruction-data.json.gz": ("instruction", "input", "output"),
@@ -73,35 +74,27 @@ def prepare(work: Path, size: str) -> Task:
             "trained": trained}  # fmt: skip
 
 
-def of_ours(made: Task, dtype: str, args: argparse.Namespace, *, check: bool) -> Task:
-    """Rate and spread of `llama2 sft`, or the losses of the steps over one batch."""
-    guess = args.seconds * GUESS[made["size"], dtype] / (made["batch"] * made["mean"])
-    steps = peer.CHECKED if check else 4 + max(4, round(guess))
-    seconds, metrics = peer.ours(
-        ["sft", f"{made['files']}-{'batch' if check else 'all'}.jsonl", "--init", made["init"],
-         "--context", str(CONTEXT), "--batch-size", str(made["batch"]), "--steps", str(steps), "--lr", str(peer.RATE),
-         "--warmup", str(peer.warm_up(check)), "--dtype", dtype, "--save-every", str(steps)],
-        args,
-    )  # fmt: skip
-    if check:
-        return {"losses": [m["loss"] for m in metrics]}
-    counted = seconds[3:]
-    tokens = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(metrics)][3:]
-    return {"tokens_s": statistics.median(n / s for n, s in zip(tokens, counted)), **peer.spread(counted)}
+def of_ours(made: Task, dtype: str, side: str, args: argparse.Namespace, *, check: bool) -> list[dict[str, Any]]:
+    """Steps of `llama2 sft`."""
+    concat = "concat" in side
+    batch = ROWS[made["size"]] if concat else made["batch"]
+    guess = args.seconds * GUESS[made["size"], dtype] / (ROWS[made["size"]] * CONTEXT)
+    steps = peer.CHECKED if check else peer.SKIPPED["ours"] + max(4, round(guess))
+    called = [
+        "sft", f"{made['files']}-{'batch' if check else 'all'}.jsonl", "--init", made["init"],
+        "--context", str(CONTEXT), "--batch-size", str(batch), "--packing", "concat" if concat else "blocks",
+        "--steps", str(steps), "--lr", str(peer.RATE), "--warmup", str(peer.warm_up(check)), "--dtype", dtype,
+        "--save-every", str(steps),
+    ]  # fmt: skip
+    return peer.ours(called, batch, args)
 
 
-def of_trl(made: Task, dtype: str, side: str, args: argparse.Namespace, *, check: bool) -> Task:
-    """The same of SFTTrainer."""
-    wrapped = "wrapped" in side
-    task = made | {"side": side, "dtype": dtype, "packing": "wrapped" if wrapped else "bfd", "skip": 2, "check": check}
+def of_trl(made: Task, dtype: str, side: str, args: argparse.Namespace, *, check: bool) -> list[dict[str, Any]]:
+    """Steps of SFTTrainer."""
+    task = made | {"side": side, "dtype": dtype, "packing": "wrapped" if "wrapped" in side else "bfd", "check": check}
     task |= {"file": f"{made['files']}-{'batch' if check else 'all'}-ids.jsonl", "seconds": args.seconds}
     task |= {"batch": 4096 if check else ROWS[made["size"]], "steps": peer.CHECKED if check else 200}
-    rows = peer.theirs(__file__, task, args)
-    if check:
-        return {"losses": [row["loss"] for row in rows], "rows": rows[0]["rows"]}
-    counted = rows[task["skip"] :]
-    rate = statistics.median(row["tokens"] / row["seconds"] for row in counted)
-    return {"tokens_s": rate, **peer.spread([row["seconds"] for row in counted])}
+    return peer.theirs(__file__, task, args)
 
 
 def measure(task: Task, folder: str) -> Task:
@@ -131,17 +124,18 @@ def compare(made: Task, dtype: str, args: argparse.Namespace) -> list[list[str]]
     sides = [s for s in SIDES[made["size"]] if not args.sides or s in args.sides.split(";")]
 
     def one(side: str, *, check: bool) -> Task:
-        row = (
-            of_ours(made, dtype, args, check=check) if side == "ours" else of_trl(made, dtype, side, args, check=check)
-        )
-        what = "losses" if check else "speed"
-        return peer.told({"what": what, "size": made["size"], "dtype": dtype, "side": side, **row})
+        steps = (of_ours if "ours" in side else of_trl)(made, dtype, side, args, check=check)
+        row = {"what": "losses" if check else "speed", "size": made["size"], "dtype": dtype, "side": side}
+        if check:
+            return peer.told({**row, "losses": [step["loss"] for step in steps]})
+        counted = steps[peer.SKIPPED["ours" if "ours" in side else "TRL"] :]
+        return peer.told({**row, **peer.rates([step["tokens"] / step["seconds"] for step in counted], "tokens_s")})
 
     checked = {side: one(side, check=True)["losses"] for side in ("ours", "TRL bfd") if not args.sides or side in sides}
     found: dict[str, list[Task]] = {side: [] for side in sides}
     for i in range(args.rounds):
         for side in sides:
-            if i == 0 or side not in BFD:
+            if i == 0 or side not in ONCE:
                 found[side].append(one(side, check=False))
     out = []
     for side in sides:
