@@ -404,7 +404,15 @@ def close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("packing", "budget", "ranks"),
-    [("blocks", 9999, 1), ("blocks", 120, 1), ("none", 9999, 1), ("none", 130, 1), ("none", 1, 1), ("blocks", 120, 2)],
+    [
+        ("blocks", 9999, 1),
+        ("blocks", 120, 1),
+        ("none", 9999, 1),
+        ("none", 130, 1),
+        ("none", 1, 1),
+        ("blocks", 120, 2),
+        ("blocks", 120, 9),
+    ],
 )
 def test_the_loss_is_that_of_each_dialogue_alone(
     ours: Llama, theirs: Any, packing: Packing, budget: int, ranks: int
@@ -415,7 +423,7 @@ def test_the_loss_is_that_of_each_dialogue_alone(
     batches = [
         rows_of(store, 80, packing, budget, World(r, ranks, torch.device("cpu"))).batch(chosen) for r in range(ranks)
     ]
-    if budget < 9999:
+    if budget < 9999 and ranks < 9:  # of nine some have nothing
         assert len(batches[0].micro) > 2
     whole = [(store.ids[i].tolist(), store.masks[i].tolist()) for i in range(len(store))]
     (loss, grads), (want, wanted) = gradients_of(ours, batches), reference(theirs, whole)
