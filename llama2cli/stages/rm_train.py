@@ -554,10 +554,7 @@ def show_end(run: Run, job: Job) -> None:
         held = f"{m['heldout_loss']:.4f}", percent(right), interval(right)
         rows.append((m["step"], f"{m.get('epochs', 0):.2f}", *trained, *held))
     columns = ["step", "epochs", "loss", "right %", "held-out loss", "held-out right %", "95% interval"]
-    console.table("", columns, rows)
-    result = curve[-1]["heldout"]
     of = reward_model if job.work.settings.objective == "ranking" else classifier  # type: ignore[attr-defined]
-    for title, names, cells in of.tables(result):
-        console.table(title, names, cells)
+    console.tables([("", columns, rows), *of.tables(curve[-1]["heldout"])])
     if "score_offset" in curve[-1]:
         console.say(f"score_offset {curve[-1]['score_offset']:.4f} is in config.json: score, rs-sample and ppo add it")

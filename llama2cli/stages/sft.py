@@ -284,7 +284,7 @@ def coloured(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> s
 
 
 def show_end(run: Run) -> None:
-    """The held-out curve, and each source's loss at the end."""
+    """The held-out curve, and each source's loss at its two ends."""
     from llama2cli.training.run import METRICS
 
     curve = [m for m in run.read(METRICS) if "heldout_loss" in m]
@@ -293,8 +293,10 @@ def show_end(run: Run) -> None:
         for m in curve
     ]
     if rows:
-        console.table("", ["step", "epochs", "loss", "held-out loss"], rows)
-        last = curve[-1]["heldout"]
-        console.table(
-            "", ["held out", "loss", "tokens"], [(k, f"{v['loss']:.4f}", v["tokens"]) for k, v in last.items()]
-        )
+        first, last = curve[0], curve[-1]
+        each = [
+            (name, f"{after['tokens']:,}", f"{first['heldout'][name]['loss']:.4f}", f"{after['loss']:.4f}")
+            for name, after in last["heldout"].items()
+        ]
+        by_source = ["held out", "tokens", f"loss, step {first['step']}", f"step {last['step']:,}"]
+        console.tables([("", ["step", "epochs", "loss", "held-out loss"], rows), ("", by_source, each)])
