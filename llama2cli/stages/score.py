@@ -39,7 +39,7 @@ class Settings(Filter, Compute):
     pass through, the order is that of the input.
 
     Example:
-      llama2 score dialogues.jsonl --rm-help rm-help --rm-safe rm-safe -o scored.jsonl
+      llama2 score examples/data/chat.jsonl --rm-help rm-help --rm-safe rm-safe --long skip -o scored.jsonl
     """
 
     rm_help: str | None = flag(default=None, help='the helpfulness reward model; gives "help"', complete="checkpoint")
