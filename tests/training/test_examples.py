@@ -164,6 +164,7 @@ def test_an_epoch_is_a_permutation_that_seed_and_epoch_change() -> None:
     assert sorted(first) == sorted(second) == list(range(100))
     assert first != second != sorted(second) and first != sorted(first)
     assert read(Order(parts, 5), 2) == [first, second]
+    assert [i < 30 for i in first] != [i < 30 for i in second]  # nor do the sources keep their places
     assert read(Order(parts, 6), 1) != [first]
     places = [first.index(i) for i in range(30)]  # the sources are shuffled together
     assert 25 < np.mean(places) < 75 and max(places) > 80 and min(places) < 20
