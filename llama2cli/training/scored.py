@@ -163,7 +163,7 @@ class Rows:
         """This rank's micro-batches of some examples, each with their places in `chosen`; tokens of all ranks."""
         pieces = [self.store.piece(i, self.share) for i in chosen]
         lengths = [len(p) for p in pieces]
-        rows = packing.rows(lengths, max(self.context, *lengths))
+        rows = packing.tight(lengths, 2 * self.context, self.budget, self.world.size)
         used = [sum(lengths[j] for j in row) for row in rows]
         out = []
         for mine in packing.split(used, self.budget, self.world.size)[self.world.rank]:
