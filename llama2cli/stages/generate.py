@@ -1,28 +1,33 @@
-"""`llama2 generate`: answers to prompts, continuations of documents.
+"""`llama2 generate`: answers to prompts, K samples of each, pairs of two models' answers, continuations of documents.
 
 Choices where the paper is silent:
 1. A line of plain text (`--text`) is a user's message; a document is continued as it stands, without the chat format.
 2. The same prompt twice gives the same answer twice: what is drawn depends on prompt, seed and sample index alone.
+Those of samples and pairs stand in `sampling.samples`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama2cli import console, provenance
-from llama2cli.errors import DataError, Misuse
+from llama2cli.errors import Misuse
 from llama2cli.settings import Filter, Sampled, flag
-from llama2cli.text.chat import TAGS, encode_conversation, escape
+from llama2cli.text.chat import TAGS, Tags, encode_conversation
+from llama2cli.text.folders import resolve_model
 from llama2cli.text.records import Record
 from llama2cli.text.streams import Place, open_output, read_records, read_texts, some, windows
 
 if TYPE_CHECKING:
-    from llama2cli.sampling.engine import Engine, Result
+    from llama2cli.sampling.engine import Result
     from llama2cli.sampling.load import Sampling
+    from llama2cli.sampling.samples import Tally, Voice
     from llama2cli.text.tokenizer import Tokenizer
+
+Window = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,103 +38,188 @@ class Settings(Filter, Sampled):
     {"text": ...} is continued and gets "completion"; with --text each line is a user's message and becomes a dialogue.
     Other fields pass through, the order is that of the input. Answers that were cut have "truncated": true.
 
+    With -k each prompt gives K Samples, ready for score. With --pair MODEL, --pair-temperature, or both it gives a
+    Pair of two answers that wait for a judgement, in random order: the second model and the second temperature are
+    those of --pair; what is not given is as for the first (Llama 2, section 3.2.1).
+
     Example:
       echo "What is a llama?" | llama2 generate --text --model run --max-new-tokens 100 --seed 1 -o answers.jsonl
+      echo "What is a llama?" | llama2 generate --text --model run --max-new-tokens 100 -k 4 -o samples.jsonl
+      echo "Is it?" | llama2 generate --text --model run --max-new-tokens 100 --pair-temperature 1.2 -o pairs.jsonl
     """
 
     text: bool = flag(default=False, help="the input is plain text, a prompt on each line")
+    samples: int | None = flag("-k", default=None, help="samples of each prompt, as Sample records", low=1)
+    pair: str | None = flag(default=None, help="the second model of Pair records", complete="checkpoint")
+    pair_temperature: float | None = flag(
+        default=None, help="temperature of the second answer of Pair records (default: that of the first)", low=0
+    )
     skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill the context; else an error")
     batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
 
-
-@dataclass
-class Counts:
-    """What the closing line tells."""
-
-    answers: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    at_context: int = 0
-    empty: int = 0
-    escaped: int = 0
-    skipped: int = 0
-    began: float = field(default_factory=time.monotonic)
+    @property
+    def pairs(self) -> bool:
+        """Whether Pairs are asked for."""
+        return self.pair is not None or self.pair_temperature is not None
 
 
 def run(settings: Settings) -> None:
     """Read requests, answer them window by window, write them in their order."""
     # 1. what is asked: the first record is read, and the output opened, before a model is loaded
-    if settings.system is not None and settings.tags == "refuse" and (found := TAGS.search(settings.system)):
-        raise Misuse(f'holds "{found[0]}", a tag of the chat format (--tags escape admits it)', "--system")
+    check(settings)
     requests = some(read_requests(settings), settings.files)
-    from llama2cli.sampling.load import load_engine, settle_sampling
+    from llama2cli.sampling.load import settle_sampling
+    from llama2cli.sampling.samples import Tally
 
     sampling = settle_sampling(settings.model, settings.temperature, settings.top_p)
+    second = second_sampling(settings, sampling)
+    if sampling.temperature == 0 and settings.samples not in (None, 1):
+        raise Misuse(f"greedy answers are all the same: {settings.samples} samples want a --temperature", "--samples")
+    models = [settings.model, *([settings.pair] if settings.pair is not None else [])]
     if settings.provenance:
-        provenance.write(settings.provenance, settings, [*settings.files, settings.model])
-    with open_output(settings, sampling, paths=[settings.model]) as out:
-        # 2. the model
-        engine, tokenizer = load_engine(
-            settings.model, device=settings.device, dtype=settings.dtype, rows=settings.batch_size
-        )
-        counts, done = Counts(), out.skip
+        provenance.write(settings.provenance, settings, [*settings.files, *models])
+    with open_output(settings, sampling, second, paths=models) as out:
+        # 2. the models
+        voices = load_voices(settings, sampling, second)
+        tally, done = Tally(), out.skip
         # 3. the answers
         with console.Progress("generate", unit="answers") as progress:
+            tick = advance(progress)
             for window in windows(out.rest(requests), settings.window):
-                for record in answer(window, engine, tokenizer, sampling, settings, counts, progress):
+                for record in answer(window, voices, settings, tally, tick):
                     out.write(record)
                 done += len(window)
                 out.commit(done)
-    report(counts, settings, sampling)
+    how = drawn_how(sampling)
+    if settings.pairs:
+        how += f" and {drawn_how(second)}"
+    console.say(tally.told(how, settings.max_new_tokens))
+
+
+def advance(progress: console.Progress) -> Callable[[Result], None]:
+    """What moves the bar by each answer that is finished."""
+    began, tokens = time.monotonic(), 0
+
+    def tick(result: Result) -> None:
+        nonlocal tokens
+        tokens += len(result.ids)
+        progress.advance(1, note=f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
+
+    return tick
+
+
+def check(settings: Settings) -> None:
+    """Raise Misuse for flags that do not go together."""
+    if settings.system is not None and settings.tags == "refuse" and (found := TAGS.search(settings.system)):
+        raise Misuse(f'holds "{found[0]}", a tag of the chat format (--tags escape admits it)', "--system")
+    if settings.pairs and settings.samples is not None:
+        raise Misuse("a prompt gives either samples or a pair: take --samples off, or --pair", "--samples")
+
+
+def second_sampling(settings: Settings, first: Sampling) -> Sampling:
+    """How the second answer of a pair is drawn: as the first one, but for --pair-temperature.
+
+    A second model's own generation_config.json decides what no flag gives. Raises Misuse for a pair of greedy answers
+    of one model.
+    """
+    from llama2cli.sampling.load import settle_sampling
+
+    if not settings.pairs:
+        return first
+    heat = settings.temperature if settings.pair_temperature is None else settings.pair_temperature
+    if settings.pair is not None:
+        second = settle_sampling(settings.pair, heat, settings.top_p)
+    else:
+        second = first._replace(temperature=first.temperature if heat is None else heat)
+    if first.temperature == second.temperature == 0 and one_model(settings):
+        raise Misuse("two greedy answers of one model are the same", "--pair-temperature")
+    return second
+
+
+def one_model(settings: Settings) -> bool:
+    """Whether the second answers come from the first model."""
+    return settings.pair is None or resolve_model(settings.pair).resolve() == resolve_model(settings.model).resolve()
+
+
+def drawn_how(sampling: Sampling) -> str:
+    """ "greedy" or "temperature 0.6, top-p 0.9"."""
+    if sampling.temperature == 0:
+        return "greedy"
+    return f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+
+
+def load_voices(settings: Settings, first: Sampling, second: Sampling) -> list[Voice]:
+    """Who answers: the model, and for pairs the second one, which is loaded once where it is the same."""
+    from llama2cli.sampling.load import load_engine
+    from llama2cli.sampling.samples import Voice, policy_name
+
+    options: dict[str, Any] = dict(device=settings.device, dtype=settings.dtype, rows=settings.batch_size)
+    loaded = load_engine(settings.model, **options)
+    voices = [Voice(*loaded, policy_name(settings.model), *first)]
+    if settings.pairs:
+        if not one_model(settings):
+            assert settings.pair is not None
+            loaded = load_engine(settings.pair, **options)
+        voices.append(Voice(*loaded, policy_name(settings.pair or settings.model), *second))
+    return voices
 
 
 def read_requests(settings: Settings) -> Iterator[tuple[Place, Record]]:
-    """Prompts and documents; a line of text is a prompt."""
+    """Prompts and documents; a line of text is a prompt. Samples and pairs are of prompts only."""
     if not settings.text:
-        return read_records(settings.files, "request", max_line=settings.max_line)
+        kind = "prompt" if settings.pairs or settings.samples is not None else "request"
+        return read_records(settings.files, kind, max_line=settings.max_line)
     lines = read_texts(settings.files, max_line=settings.max_line)
     return ((place, {"messages": [{"role": "user", "content": line}]}) for place, line in lines)
 
 
 def answer(
-    window: Sequence[tuple[Place, Record]],
-    engine: Engine,
-    tokenizer: Tokenizer,
-    sampling: Sampling,
-    settings: Settings,
-    counts: Counts,
-    progress: console.Progress,
+    window: Window, voices: Sequence[Voice], settings: Settings, tally: Tally, tick: Callable[[Result], None]
 ) -> Iterator[Record]:
-    """The records of a window with their answers, in order."""
-    from llama2cli.sampling.sampler import SampleParams
+    """The records that a window of requests gives, in order."""
+    from llama2cli.sampling.samples import pair_records, sample_records, with_system
 
+    if not settings.pairs and settings.samples is None:
+        yield from complete(window, voices[0], settings, tally, tick)
+        return
+    prompts = [(place, with_system(record, settings.system)) for place, record in window]
+    common: dict[str, Any] = dict(
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        tags=settings.tags,
+        skip_long=settings.skip_long,
+        tally=tally,
+        tick=tick,
+    )
+    if settings.samples is None:
+        yield from pair_records(prompts, (voices[0], voices[1]), **common)
+        return
+    v = voices[0]
+    how: dict[str, Any] = dict(k=settings.samples, temperature=v.temperature, top_p=v.top_p, policy=v.policy)
+    for samples in sample_records(prompts, v.engine, v.tokenizer, **how, **common):
+        yield from samples
+
+
+def complete(
+    window: Window, voice: Voice, settings: Settings, tally: Tally, tick: Callable[[Result], None]
+) -> Iterator[Record]:
+    """The records of a window, each with its answer or completion."""
+    from llama2cli.sampling.sampler import SampleParams
+    from llama2cli.sampling.samples import fits
+
+    engine, tokenizer = voice.engine, voice.tokenizer
     asked: list[tuple[Record, list[int]]] = []
     for place, record in window:
         record, ids, n_escaped = encode_request(record, tokenizer, settings, place)
-        counts.escaped += n_escaped
-        if len(ids) < engine.context:
+        tally.escaped += n_escaped
+        if fits(ids, engine.context, place, skip=settings.skip_long, tally=tally):
             asked.append((record, ids))
-            continue
-        complaint = f"the prompt has {len(ids):,} tokens, the context of the model is {engine.context:,}"
-        if not settings.skip_long:
-            raise DataError(f"{complaint}; shorten it, or leave such prompts out with --skip-long", *place)
-        console.warn(f"{place.file}:{place.line}: left out: {complaint}", "prompts left out that fill the context")
-        counts.skipped += 1
-
-    def finished(result: Result) -> None:
-        counts.tokens += len(result.ids)
-        rate = counts.tokens / (time.monotonic() - counts.began)
-        progress.advance(1, note=f"{rate:,.0f} tokens/s")
-
-    params = SampleParams(settings.max_new_tokens, sampling.temperature, sampling.top_p, settings.seed)
-    results = engine.generate([ids for _, ids in asked], [params] * len(asked), tick=finished)
+    params = SampleParams(settings.max_new_tokens, voice.temperature, voice.top_p, settings.seed)
+    results = engine.generate([ids for _, ids in asked], [params] * len(asked), tick=tick)
     for (record, ids), result in zip(asked, results):
-        counts.answers += 1
-        counts.truncated += result.truncated
-        counts.at_context += result.truncated and len(result.ids) < settings.max_new_tokens
-        counts.empty += not result.truncated and len(result.ids) == 1
+        tally.count(result, settings.max_new_tokens)
         record, n_escaped = completed(record, ids, result, tokenizer, settings.tags)
-        counts.escaped += n_escaped
+        tally.escaped += n_escaped
         yield record
 
 
@@ -137,45 +227,25 @@ def encode_request(
     record: Record, tokenizer: Tokenizer, settings: Settings, place: Place
 ) -> tuple[Record, list[int], int]:
     """The record (with the system prompt that --system gives it), the ids to go on from, and the tags escaped."""
+    from llama2cli.sampling.samples import with_system
+
     if "messages" not in record:
         if settings.system is not None:
             console.warn(f"{place.file}:{place.line}: a document has no system prompt", "--system given to documents")
         return record, [tokenizer.bos_id, *tokenizer.encode(record["text"])], 0
-    messages: list[dict[str, Any]] = record["messages"]
-    if settings.system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": settings.system}, *messages]
-        record = record | {"messages": messages}
-    encoded = encode_conversation(tokenizer, messages, tags=settings.tags, place=place)
+    record = with_system(record, settings.system)
+    encoded = encode_conversation(tokenizer, record["messages"], tags=settings.tags, place=place)
     return record, encoded.ids, encoded.n_escaped
 
 
-def completed(record: Record, ids: list[int], result: Result, tokenizer: Tokenizer, tags: str) -> tuple[Record, int]:
+def completed(record: Record, ids: list[int], result: Result, tokenizer: Tokenizer, tags: Tags) -> tuple[Record, int]:
     """The record with its answer or completion, and the tags that were escaped in an answer."""
-    new = result.ids if result.truncated else result.ids[:-1]
+    from llama2cli.sampling.samples import answer_text
+
     cut = {"truncated": result.truncated} if result.truncated or "truncated" in record else {}
     if "messages" not in record:
+        new = result.ids if result.truncated else result.ids[:-1]
         before = tokenizer.decode(ids)  # decoded alone, the new ids would lose the space that they may begin with
         return {**record, "completion": tokenizer.decode([*ids, *new])[len(before) :], **cut}, 0
-    text = tokenizer.decode(new).strip()
-    text, n_escaped = (text, 0) if tags == "keep" else escape(text)
+    text, n_escaped = answer_text(result, tokenizer, tags)
     return {**record, "messages": [*record["messages"], {"role": "assistant", "content": text}], **cut}, n_escaped
-
-
-def report(counts: Counts, settings: Settings, sampling: Sampling) -> None:
-    """The closing line on stderr."""
-    seconds = max(time.monotonic() - counts.began, 1e-9)
-    how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
-    rate = f"{counts.tokens:,} tokens, {counts.tokens / seconds:,.0f} tokens/s"
-    parts = [f"{counts.answers:,} {'answer' if counts.answers == 1 else 'answers'}, {rate}, {how}"]
-    at_limit = counts.truncated - counts.at_context
-    if at_limit:
-        parts.append(f"{at_limit:,} truncated at --max-new-tokens {settings.max_new_tokens}")
-    if counts.at_context:
-        parts.append(f"{counts.at_context:,} truncated at the end of the context")
-    if counts.empty:
-        parts.append(f"{counts.empty:,} empty")
-    if counts.escaped:
-        parts.append(f"{counts.escaped:,} tags of the chat format escaped")
-    if counts.skipped:
-        parts.append(f"{counts.skipped:,} prompts left out: they fill the context")
-    console.say("; ".join(parts))
