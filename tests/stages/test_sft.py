@@ -313,20 +313,20 @@ def test_the_loss_curve_is_that_of_transformers_and_torch(kit: Path, run: Path, 
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
-def test_killed_four_times(server: harness.Server, args: list[str], tmp_path: Path) -> None:
-    assert harness.check_kills(server, changed(args, save_every=1), tmp_path, kills=4)["kills"] == 4
+def test_killed_three_times(server: harness.Server, args: list[str], tmp_path: Path) -> None:
+    assert harness.check_kills(server, changed(args, save_every=2), tmp_path, kills=3)["kills"] == 3
 
 
 @pytest.mark.parametrize("packing", ["blocks", "concat", "none"])
 def test_resumed_at_every_step(server: harness.Server, args: list[str], tmp_path: Path, packing: str) -> None:
-    few = changed(without(args, "--epochs"), steps=6, save_every=1, batch_size=12, packing=packing, context=70)
-    harness.check_every_step(server, few, tmp_path, steps=6)
+    few = changed(without(args, "--epochs"), steps=4, save_every=1, batch_size=16, packing=packing, context=70)
+    harness.check_every_step(server, few, tmp_path, steps=4)
     assert metrics(tmp_path / "reference")[-1]["epochs"] > 1  # over the end of an epoch
 
 
 def test_killed_at_file_operations(server: harness.Server, args: list[str], tmp_path: Path) -> None:
     few = changed(without(args, "--epochs"), steps=3, save_every=1, keep=1)
-    assert harness.check_crash_points(server, few, tmp_path, first=5, every=61) >= 3
+    assert harness.check_crash_points(server, few, tmp_path, first=5, every=79) >= 2
 
 
 @pytest.mark.slow
