@@ -114,13 +114,14 @@ def open_output(settings: Filter, *parts: Any, paths: Iterable[str | Path] = ())
 # --- the output ---------------------------------------------------------------------------------------------------
 
 
-class Entry(msgspec.Struct):
-    """A line of a journal: the first holds the key, each of the others the state after a window."""
+class Entry(msgspec.Struct, omit_defaults=True):
+    """A line of a journal: the first holds the key, each of the others how things stand after a window."""
 
     key: str = ""
     consumed: int = 0
     bytes: int = 0
     digest: int = 0  # of the inputs that are done
+    state: Any = None  # of the command
 
 
 class Output:
@@ -136,16 +137,21 @@ class Output:
 
     path: "-" is stdout. A file is written aside and gets its name when the block ends without an exception; .zst and
     .gz compress. key: a journal beside the file that has the same key is continued, unless resume is false. inputs:
-    the sources that are being read, which the output must not be.
+    the sources that are being read, which the output must not be. most: go back to where this many inputs were done,
+    for a second output of a command that goes along with the first.
 
-    skip: the number of inputs that an earlier process has done. Raises Misuse for an output that is a folder or an
-    input, DataError where it cannot be written or another process is writing it.
+    skip: the number of inputs that an earlier process has done. state: what its last `commit` was given. Raises Misuse
+    for an output that is a folder or an input, DataError where it cannot be written or another process is writing it.
     """
 
-    def __init__(self, path: str, *, key: str, resume: bool = True, inputs: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self, path: str, *, key: str, resume: bool = True, inputs: Sequence[str | Path] = (), most: int | None = None
+    ) -> None:
+        self.key, self.most = key, most
         self.is_stdout = path == "-"
         self.name = "stdout" if self.is_stdout else path
         self.skip = self.consumed = self.digest = 0
+        self.state: Any = None
         self.digests: deque[int] = deque()  # after each input that was handed out and is not done
         self.lines: list[bytes] = []  # of the open window
         self.size = 0
@@ -189,7 +195,7 @@ class Output:
         entries = self._entries(key, os.fstat(self.file.fileno()).st_size) if resume else []
         if len(entries) > 1:
             self.skip = self.consumed = entries[-1].consumed
-            self.digest = entries[-1].digest
+            self.digest, self.state = entries[-1].digest, entries[-1].state
             console.say(f"{self.name}: continuing after {self.skip:,} inputs")
         else:
             entries = [Entry(key)]
@@ -223,7 +229,7 @@ class Output:
         if entries and entries[0].key != key:
             console.warn(f"{self.name}: what a killed command left is of other settings or inputs; starting over")
             return []
-        return [e for e in entries if e.bytes <= size]
+        return [e for e in entries if e.bytes <= size and (self.most is None or e.consumed <= self.most)]
 
     def rest(self, items: Iterable[tuple[P, R]]) -> Iterator[tuple[P, R]]:
         """The (place, record) items that no earlier process has done.
@@ -260,10 +266,11 @@ class Output:
         if self.size >= SPILL:
             self._spill()
 
-    def commit(self, consumed: int) -> None:
+    def commit(self, consumed: int, state: Any = None) -> None:
         """End a window: what was written is durable, and the first `consumed` inputs are done for ever.
 
-        consumed: counted from the very first input, those of earlier processes included. Raises ValueError if it does
+        consumed: counted from the very first input, those of earlier processes included. state: what a process that
+        goes on from here wants to know, as JSON holds it. Raises ValueError if it does
         not grow although records were written (the next process would write them again), DataError for a full disk.
         """
         if consumed < self.consumed or (consumed == self.consumed and (self.lines or self.frame)):
@@ -276,7 +283,7 @@ class Output:
         self.consumed = consumed
         if self.journal is not None:
             with self._writing():
-                entry = Entry("", consumed, self.bytes, self.digest)
+                entry = Entry("", consumed, self.bytes, self.digest, state)
                 _write_all(self.journal, encode(entry))
                 os.fsync(self.journal.fileno())
 
@@ -317,9 +324,9 @@ class Output:
                 self.partial.replace(self.final)
                 fsync_folder(self.final.parent)
                 self.journal_path.unlink(missing_ok=True)
-        self._leave()
+        self.leave()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Let go of the files; without `close`, the next process goes on from the journal."""
         if self.journal is not None:
             self.journal.close()
@@ -338,7 +345,7 @@ class Output:
         if self.journal is not None and not self.consumed:  # nothing to go on from
             self.partial.unlink(missing_ok=True)
             self.journal_path.unlink(missing_ok=True)
-        self._leave()
+        self.leave()
 
 
 def _compressor(path: str) -> Callable[[], Any] | None:

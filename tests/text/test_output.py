@@ -229,6 +229,35 @@ class TestJournal:
         assert did == {"torn": N - 49, "partial": N - 49}.get(damage, N)
         assert path.read_bytes() == (tmp_path / "whole").read_bytes()
 
+    def test_a_command_finds_its_state_again(self, tmp_path):
+        path, state = str(tmp_path / "a.jsonl"), {"sums": [0.1 + 0.2, 1e-17], "n": 3}
+        with pytest.raises(KeyboardInterrupt), Output(path, key="k") as out:
+            assert out.state is None
+            out.commit(2, {"n": 1})
+            out.commit(4, state)
+            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt), Output(path, key="k") as out:
+            assert (out.skip, out.state) == (4, state)
+            out.commit(6)
+            raise KeyboardInterrupt
+        with Output(path, key="k") as out:
+            assert (out.skip, out.state) == (6, None)
+
+    @pytest.mark.parametrize(("most", "found"), [(None, 6), (6, 6), (5, 4), (4, 4), (1, 0), (0, 0)])
+    def test_a_second_output_goes_back_to_the_first(self, tmp_path, most, found):
+        path = tmp_path / "a.jsonl"
+        with pytest.raises(KeyboardInterrupt), Output(str(path), key="k") as out:
+            for done in (2, 4, 6):
+                out.write({"n": done})
+                out.commit(done, done)
+            raise KeyboardInterrupt
+        with Output(str(path), key="k", most=most) as out:
+            assert (out.skip, out.state) == (found, found or None)
+            for done in range(found + 2, 10, 2):
+                out.write({"n": done})
+                out.commit(done)
+        assert [record["n"] for record in read(path)] == [2, 4, 6, 8]
+
     def test_other_inputs_are_seen(self, tmp_path):
         path = tmp_path / "a.jsonl"
         self.interrupted(path)
