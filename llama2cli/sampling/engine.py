@@ -4,12 +4,18 @@ Rows of a preallocated key-value cache hold prompts of different length. A row t
 once, the last row moves to its place, and waiting prompts fill the end: one long answer does not hold the others. Which
 rows stand together is a function of the prompts and the settings only; what an answer is does not depend on it (see
 `sampler`).
+
+Nothing is computed twice. Equal prompts (K samples of one) are run through the model once, and the keys and values
+copied to the rows of all; where those do not fit into the rows together, one copy waits for the others. So does the
+common beginning of many prompts (see `stems`), until the last of them has come.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,9 +25,11 @@ from llama2cli.errors import DataError
 from llama2cli.nn.model import KVCache, Llama
 from llama2cli.sampling.decode import Decoder, SlotView
 from llama2cli.sampling.sampler import Policy, SampleParams, draw, uniforms
+from llama2cli.sampling.stems import Stem, stems
 from llama2cli.text.tokenizer import Tokenizer
 
 CACHE_BYTES = 4 << 30  # of keys and values; more rows than fit are not decoded together
+STEM_SHARE = 1 / 8  # as many bytes again, as a share of these, for common beginnings of prompts
 PREFILL_TOKENS = 8192  # of padded prompts in one forward pass
 REFILL = 8  # waiting prompts enter when this part of the rows is free: a forward pass for one is not worth it
 
@@ -112,6 +120,20 @@ def row_bytes(model: Llama, size: int) -> int:
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size * model.embed.element_size()
 
 
+@dataclass
+class Kept:
+    """Keys and values of some tokens, [L, G, T, K], for rows to come; of a whole prompt the logits [V] after it."""
+
+    keys: Tensor
+    values: Tensor
+    logits: Tensor
+
+    def copy_to(self, cache: KVCache, rows: slice) -> None:
+        """Begin rows of a cache with these tokens."""
+        for kept, memory in ((self.keys, cache.keys), (self.values, cache.values)):
+            memory[:, rows, :, : kept.shape[2]] = kept[:, None]
+
+
 class Batch:
     """The rows that are being decoded, and the queue behind them. The first `n` rows are in use.
 
@@ -122,8 +144,12 @@ class Batch:
         self, engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[SampleParams], logprobs: bool
     ) -> None:
         self.engine, self.prompts, self.params = engine, prompts, params
-        # longest first: rows of like length stand together, and the end of the queue is short work
-        self.queue = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        seen: dict[tuple[int, ...], int] = {}
+        self.equal = [seen.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]  # the first such one
+        # longest first: rows of like length stand together, and the end of the queue is short work; equal ones in a row
+        self.queue = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), self.equal[i], i)))
+        self.kept: dict[int, Kept] = {}  # of the prompt that has samples in the rows and in the queue: one at most
+        self.share(list(seen.values()))
         self.limits = limits = [room(prompt, p, engine.context) for prompt, p in zip(prompts, params)]
         size = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
         most = max(1, CACHE_BYTES // row_bytes(engine.model, size))
@@ -142,6 +168,22 @@ class Batch:
         self.scores = [torch.zeros(rows, longest_answer, device=device) for _ in range(2 if logprobs else 0)]
         self.arange = torch.arange(rows, device=device)
 
+    def share(self, distinct: list[int]) -> None:
+        """Find the stems of the prompts, as many as may be held besides the cache."""
+        self.stems: list[Stem] = []
+        self.stem_of: dict[int, int] = {}  # the number of a prompt's stem
+        self.waiting: list[int] = []  # prompts of each stem that are to come
+        self.trunks: dict[int, Kept] = {}  # of the stems that some have come of
+        left = int(STEM_SHARE * CACHE_BYTES)
+        for stem in stems([self.prompts[i] for i in distinct]):
+            left -= row_bytes(self.engine.model, stem.length)
+            if left < 0:
+                break
+            members = [distinct[j] for j in stem.members]
+            self.stem_of |= dict.fromkeys(members, len(self.stems))
+            self.stems.append(Stem(stem.length, members))
+            self.waiting.append(len(stem.members))
+
     def run(self) -> Iterator[tuple[int, Result]]:
         """(number of the prompt, result) of each answer as it is finished."""
         engine = self.engine
@@ -159,26 +201,103 @@ class Batch:
             yield from self.sample(logits, start)
 
     def admit(self, free: int) -> Tensor:
-        """Put waiting prompts into rows n, n+1, ... and run them through the model: the logits [m, V] after them."""
-        model, start = self.engine.model, self.n
-        width = len(self.prompts[self.queue[0]])
-        m = min(free, len(self.queue), max(1, PREFILL_TOKENS // width))
-        taken, self.queue = self.queue[:m], self.queue[m:]
-        ids = np.zeros((m, width), dtype=np.int64)
-        for row, i in enumerate(taken):
+        """Put waiting samples into rows n, n+1, ...; their prompts run through the model: the logits [m, V] after them.
+
+        The first rows are those of prompts that are new, the others get what these have computed.
+        """
+        start, device = self.n, self.lengths.device
+        taken, new = self.take(free)
+        rows = {self.equal[i]: start + row for row, i in enumerate(new)}  # of the prompts that are new
+        later = sorted(set(taken) - set(new), key=lambda i: (self.equal[i], i))
+        taken = [*new, *later]
+        for row, i in enumerate(taken, start):
             prompt, p, limit = self.prompts[i], self.params[i], self.limits[i]
-            ids[row, : len(prompt)] = prompt
-            self.uniform[start + row, :limit] = torch.from_numpy(uniforms(prompt, p.seed, p.index, limit))
+            self.uniform[row, :limit] = torch.from_numpy(uniforms(prompt, p.seed, p.index, limit))
         self.owner += taken
-        rows = slice(start, start + m)
-        device = self.lengths.device
-        self.lengths[rows] = torch.tensor([len(self.prompts[i]) for i in taken], device=device)
-        self.limit[rows] = torch.tensor([self.limits[i] for i in taken], device=device)
-        self.steps[rows] = 0
+        mine = slice(start, start + len(taken))
+        self.lengths[mine] = torch.tensor([len(self.prompts[i]) for i in taken], device=device)
+        self.limit[mine] = torch.tensor([self.limits[i] for i in taken], device=device)
+        self.steps[mine] = 0
         self.changed()
-        part = SlotView(self.cache.keys[:, rows], self.cache.values[:, rows], [0] * m)
-        hidden = model(torch.from_numpy(ids).to(device), cache=part)
-        return model.logits(hidden[self.arange[:m], self.lengths[rows] - 1]).float()
+        logits = [self.prefill(start, new)] if new else []
+        end = start + len(new)
+        for prompt, several in groupby(later, key=lambda i: self.equal[i]):
+            to = slice(end, end := end + len(list(several)))
+            if prompt in rows:
+                length, row = len(self.prompts[prompt]), rows[prompt]
+                for memory in (self.cache.keys, self.cache.values):
+                    memory[:, to, :, :length] = memory[:, row : row + 1, :, :length]
+                after = logits[0][row - start]
+            else:
+                self.kept[prompt].copy_to(self.cache, to)
+                after = self.kept[prompt].logits
+            logits.append(after.expand(to.stop - to.start, -1))
+        self.keep(rows, logits[0])
+        return torch.cat(logits)
+
+    def take(self, free: int) -> tuple[list[int], list[int]]:
+        """Samples from the queue, at most `free`, and the first of each prompt among them that is to be computed.
+
+        These are as many as one forward pass shall have, sorted so that those of a stem stand together.
+        """
+        most = max(1, PREFILL_TOKENS // len(self.prompts[self.queue[0]]))
+        taken: list[int] = []
+        new: dict[int, int] = {}
+        while self.queue and len(taken) < free:
+            prompt = self.equal[self.queue[0]]
+            if prompt not in new and prompt not in self.kept:
+                if len(new) == most:
+                    break
+                new[prompt] = self.queue[0]
+            taken.append(self.queue.popleft())
+        return taken, [new[p] for p in sorted(new, key=lambda p: self.stem_of.get(p, -1))]
+
+    def prefill(self, start: int, new: list[int]) -> Tensor:
+        """Run prompts through the model into the rows from `start` on: the logits after them, fp32 [len(new), V]."""
+        model, hidden, at = self.engine.model, [], start
+        for number, several in groupby(new, key=lambda i: self.stem_of.get(self.equal[i], -1)):
+            prompts = [self.prompts[i] for i in several]
+            rows = slice(at, at := at + len(prompts))
+            known = 0
+            if number >= 0:
+                self.trunk(number).copy_to(self.cache, rows)
+                known = self.stems[number].length
+                self.waiting[number] -= len(prompts)
+                if not self.waiting[number]:
+                    del self.trunks[number]
+            hidden.append(self.forward(self.cache, rows, prompts, known))
+        return model.logits(torch.cat(hidden)).float()
+
+    def forward(self, cache: KVCache, rows: slice, prompts: Sequence[Sequence[int]], known: int) -> Tensor:
+        """Append prompts to rows of a cache that hold their first `known` tokens: hidden states [m, D] at the ends."""
+        m, width = len(prompts), max(map(len, prompts)) - known
+        ids = np.zeros((m, width), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt) - known] = prompt[known:]
+        device = cache.keys.device
+        part = SlotView(cache.keys[:, rows], cache.values[:, rows], [known] * m)
+        hidden = self.engine.model(torch.from_numpy(ids).to(device), cache=part)
+        ends = torch.tensor([len(prompt) - known - 1 for prompt in prompts], device=device)
+        return hidden[self.arange[:m], ends]
+
+    def trunk(self, number: int) -> Kept:
+        """The keys and values of a stem, computed when the first of its prompts comes."""
+        if number not in self.trunks:
+            stem = self.stems[number]
+            ids = self.prompts[stem.members[0]][: stem.length]
+            cache = new_cache(self.engine.model, 1, stem.length)
+            self.forward(cache, slice(0, 1), [ids], 0)
+            self.trunks[number] = Kept(cache.keys[:, 0], cache.values[:, 0], cache.keys.new_empty(0))
+        return self.trunks[number]
+
+    def keep(self, rows: dict[int, int], logits: Tensor) -> None:
+        """Hold what the next sample in the queue will want, where its prompt has just been computed; nothing else."""
+        following = self.equal[self.queue[0]] if self.queue else -1
+        self.kept = {p: kept for p, kept in self.kept.items() if p == following}
+        if following in rows:
+            row, length = rows[following], len(self.prompts[following])
+            parts = [memory[:, row, :, :length] for memory in (self.cache.keys, self.cache.values)]
+            self.kept[following] = Kept(*(part.clone() for part in (*parts, logits[row - self.n])))
 
     def changed(self) -> None:
         """Bring what is derived from the rows in use up to date."""

@@ -43,6 +43,26 @@ def prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
     return [[1, *torch.randint(3, VOCAB, (n - 1,), generator=generator).tolist()] for n in lengths]
 
 
+def family(count: int, seed: int, stem: int = 45) -> list[list[int]]:
+    """Prompts that begin with the same tokens, as with one system prompt."""
+    return [[1, *range(3, 2 + stem), *p[1:]] for p in some(count, seed)]
+
+
+def some(count: int, seed: int) -> list[list[int]]:
+    """Different prompts of 2 to 12 tokens."""
+    found = {tuple(p): p for p in prompts(3 * count, seed=seed, longest=12) if len(p) > 1}
+    assert len(found) >= count
+    return list(found.values())[:count]
+
+
+def fed(monkeypatch, model: Llama) -> list[tuple[int, ...]]:
+    """The shapes of the ids that whole forward passes get from now on."""
+    shapes: list[tuple[int, ...]] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **kw: (shapes.append(tuple(ids.shape)), forward(ids, **kw))[1])
+    return shapes
+
+
 def greedy_by_hand(model: Llama, prompt: list[int], new: int) -> tuple[list[int], list[float]]:
     """Greedy tokens by a whole forward pass each, without cache or engine; and the gap between the two best logits."""
     ids, gaps = list(prompt), []
@@ -75,10 +95,14 @@ def test_greedy_equals_whole_forward_passes_in_any_batch(kv_heads):
             assert same_until_near_tie(result.ids, ids, gaps)
 
 
-def test_greedy_equals_transformers():
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_greedy_equals_transformers_in_any_batch(kv_heads):
+    """Multi-query, grouped-query and multi-head attention; prompts that are equal or begin alike among the others."""
     import transformers
 
-    model = make(2)
+    from llama2cli.nn.checkpoint import state_to_hf
+
+    model = make(kv_heads)
     c = model.config
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
@@ -92,17 +116,27 @@ def test_greedy_equals_transformers():
         bos_token_id=1,
         eos_token_id=EOS,
     )
-    from llama2cli.nn.checkpoint import state_to_hf
-
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.load_state_dict(state_to_hf(model.state_dict(), c))
-    asked = prompts(6, seed=4)
-    results = Engine(model, Ends()).generate(asked, [SampleParams(30, temperature=0)] * 6)
-    for prompt, result in zip(asked, results):
-        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=0)
-        want = out[0, len(prompt) :].tolist()
-        _, gaps = greedy_by_hand(model, prompt, 30)
-        assert same_until_near_tie(result.ids, want, gaps)
+    asked = [*prompts(5, seed=4), *family(20, seed=kv_heads)]
+    want = []
+    for prompt in asked:
+        out = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=25,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best = torch.cat(out.logits).topk(2).values
+        want.append((out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()))
+    assert sum(g < NEAR_TIE for _, gaps in want for g in gaps) < 5, "the model has too many near-ties to test with"
+    twice, params = [*asked, *asked[::3], *asked[::3]], [SampleParams(25, temperature=0)] * 43
+    for rows in (1, 4, 64):
+        results = Engine(model, Ends(), rows=rows).generate(twice, params)
+        for result, (ids, gaps) in zip(results, [*want, *want[::3], *want[::3]], strict=True):
+            assert same_until_near_tie(result.ids, ids, gaps)
 
 
 def test_a_sample_does_not_depend_on_the_batch():
@@ -138,17 +172,89 @@ def test_kept_log_probabilities_equal_one_forward_pass():
             assert result.sampled_logprobs == [0.0] * len(result.ids)
 
 
-def test_first_tokens_have_the_frequencies_of_the_softmax():
-    model = make(seed=3)
-    prompt = prompts(1, seed=5)[0]
-    n = 4000
-    params = [SampleParams(1, temperature=0.5, seed=1, index=i) for i in range(n)]
-    results = Engine(model, Ends(), rows=500).generate([prompt] * n, params)
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_samples_have_the_frequencies_of_the_softmax(kv_heads):
+    """Chi-squared over pairs of tokens, 6000 samples of one prompt: of the shared prefill, and of a step."""
+    model = make(kv_heads, seed=3)
+    prompt, n, heat = prompts(1, seed=5)[0], 6000, 0.8
+    params = [SampleParams(2, heat, seed=1, index=i) for i in range(n)]
+    results = Engine(model, Ends(), rows=700).generate([prompt] * n, params)
     with torch.no_grad():
-        p = torch.softmax(model.logits(model(torch.tensor([prompt])))[0, -1].double() / 0.5, -1)
-    counts = torch.bincount(torch.tensor([r.ids[0] for r in results]), minlength=VOCAB).double()
-    # every frequency within 5 standard errors: one in a million each by chance
-    assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
+        first = torch.softmax(model.logits(model(torch.tensor([prompt])))[0, -1].double() / heat, -1)
+        each = torch.tensor([[*prompt, i] for i in range(VOCAB)])
+        second = torch.softmax(model.logits(model(each))[:, -1].double() / heat, -1)
+    second[EOS] = torch.nn.functional.one_hot(torch.tensor(EOS), VOCAB)  # an answer that has ended stays so
+    pairs = torch.tensor([[*r.ids, EOS][:2] for r in results])
+    counts = torch.bincount(pairs[:, 0] * VOCAB + pairs[:, 1], minlength=VOCAB * VOCAB).double()
+    want = n * (first[:, None] * second).flatten()
+    assert counts[want == 0].sum() == 0
+    many = want >= 10
+    observed, expected = (torch.cat([x[many], x[~many].sum()[None]]) for x in (counts, want))
+    k = len(expected) - 1
+    assert k > 30
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    # Wilson-Hilferty: the bound that chance passes once in a million
+    assert statistic < k * (1 - 2 / (9 * k) + 4.75 * (2 / (9 * k)) ** 0.5) ** 3
+
+
+def test_samples_of_one_prompt_are_prefilled_once(monkeypatch):
+    """Also where they do not fit into the rows together, and other prompts stand before and behind them."""
+    model = make(eos_bias=0.5)
+    many, *others = sorted(prompts(9, seed=11), key=len)[::-1]
+    asked = [many] * 30 + [p for p in others for _ in range(3)] + [many] * 5
+    params = [SampleParams(30, 0.9, seed=2, index=i) for i in range(len(asked))]
+    alone = [Engine(model, Ends(), rows=1).generate([p], [s])[0] for p, s in zip(asked, params)]
+    assert len({tuple(r.ids) for r in alone}) > 40
+    for rows in (1, 2, 7, 16, 64):
+        shapes = fed(monkeypatch, model)
+        engine = Engine(model, Ends(), rows=rows)
+        results = engine.generate(asked, params, logprobs=True)
+        assert [r.ids for r in results] == [r.ids for r in alone]
+        assert sum(n for n, _ in shapes) == 9, "one row for each different prompt"
+        monkeypatch.undo()
+
+
+def test_what_is_kept_for_samples_to_come_is_one_prompt(monkeypatch):
+    """And nothing is kept when all have come."""
+    model, held = make(eos_bias=0.5), []
+    keep = Batch.keep
+    monkeypatch.setattr(Batch, "keep", lambda self, *a: (keep(self, *a), held.append(list(self.kept)))[0])
+    asked = [p for p in prompts(6, seed=3) for _ in range(10)]
+    Engine(model, Ends(), rows=4).generate(asked, [SampleParams(9, seed=1, index=i) for i in range(60)])
+    assert {len(kept) for kept in held} == {0, 1} and held[-1] == []
+
+
+def test_a_common_beginning_is_computed_once(monkeypatch):
+    model = make(2, eos_bias=0.5)
+    asked = [*family(25, 1), *prompts(6, seed=2), *[[1, 7, *p[1:]] for p in family(25, 3)]]
+    params = [SampleParams(20, 0.8 * (i % 3 > 0), seed=5, index=i) for i in range(len(asked))]
+    alone = [Engine(model, Ends(), rows=1).generate([p], [s])[0] for p, s in zip(asked, params)]
+    trunks: list[int] = []
+    admit = Batch.admit
+    for rows in (3, 64):
+        shapes = fed(monkeypatch, model)
+        trunks.clear()
+        monkeypatch.setattr(Batch, "admit", lambda self, free: (admit(self, free), trunks.append(len(self.trunks)))[0])
+        results = Engine(model, Ends(), rows=rows).generate(asked, params, logprobs=True)
+        assert [r.ids for r in results] == [r.ids for r in alone]
+        assert [shapes.count((1, n)) for n in (45, 46)] == [1, 1], "each of the two beginnings once"
+        assert max(t for shape in shapes if (t := shape[1]) not in (45, 46)) <= 40, "and nothing else is that long"
+        assert max(trunks) <= 2 and trunks[-1] == 0, "what nobody waits for any more is let go"
+        for prompt, result in zip(asked, results):
+            with torch.no_grad():
+                logits = model.logits(model(torch.tensor([prompt + result.ids])))[0, len(prompt) - 1 : -1].double()
+            plain = torch.log_softmax(logits, -1).gather(1, torch.tensor(result.ids)[:, None])[:, 0]
+            assert ((torch.tensor(result.logprobs) - plain).exp() - 1).abs().max() < NEAR_TIE
+        monkeypatch.undo()
+
+
+def test_beginnings_that_memory_does_not_hold_are_not_shared(monkeypatch):
+    model = make()
+    monkeypatch.setattr(engine_module, "CACHE_BYTES", 100 * engine_module.row_bytes(model, 1))
+    batch = Batch(Engine(model, Ends()), family(25, 1), [SampleParams(10)] * 25, False)
+    assert (batch.stems, batch.stem_of) == ([], {})
+    monkeypatch.undo()
+    assert len(Batch(Engine(model, Ends()), family(25, 1), [SampleParams(10)] * 25, False).stems) == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
@@ -177,26 +283,45 @@ def test_where_answers_end():
     assert {r.truncated for r in results} == {True, False}
 
 
-def test_poisoned_memory_of_other_rows_changes_nothing(monkeypatch):
-    """A row that enters the place of a finished one sees nothing of it: all memory is poisoned before each entry."""
-    model = make(eos_bias=0.5)
-    asked, params = prompts(40, seed=8), [SampleParams(1 + 7 * i % 30, seed=3) for i in range(40)]
-    want = Engine(model, Ends(), rows=5).generate(asked, params)
-    admit = Batch.admit
-    poisoned = []
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_poisoned_memory_changes_nothing(monkeypatch, kv_heads):
+    """Before each prefill and step all memory that is no row's is poisoned: NaN where nothing should look at all, huge
+    numbers where a mask hides it. With prompts that are computed once for many, and rows that move."""
+    model = make(kv_heads, eos_bias=0.5)
+    asked = [*prompts(30, seed=8), *[p for p in prompts(4, seed=9) for _ in range(9)], *family(24, seed=3)]
+    params = [SampleParams(1 + 7 * i % 30, seed=3, index=i) for i in range(len(asked))]
+    want = Engine(model, Ends(), rows=5).generate(asked, params, logprobs=True)
+    admit, step, batches, poisoned, moved = Batch.admit, Decoder.step, [], [], []
 
-    def poison(self: Batch, free: int):
-        for kept in (self.cache.keys, self.cache.values):
-            kept[:, self.n :] = 1e4
-            for row, length in enumerate(self.lengths[: self.n].tolist()):
-                kept[:, row, :, length:] = -1e4
-        poisoned.append(self.n)
+    def poison(batch: Batch):
+        lengths = batch.lengths[: batch.n].tolist()
+        for memory in (batch.cache.keys, batch.cache.values):
+            memory[:, batch.n :] = torch.nan
+            memory[:, :, :, max(lengths, default=0) + 1 :] = torch.nan
+            for row, length in enumerate(lengths):
+                memory[:, row, :, length : max(lengths) + 1] = -1e4
+        poisoned.append(batch.n)
+
+    def before_admit(self: Batch, free: int):
+        batches[:] = [self]
+        poison(self)
         return admit(self, free)
 
-    monkeypatch.setattr(Batch, "admit", poison)
-    got = Engine(model, Ends(), rows=5).generate(asked, params)
+    def before_step(self: Decoder, *args):
+        poison(batches[0])
+        return step(self, *args)
+
+    retire = Batch.retire
+    monkeypatch.setattr(Batch, "admit", before_admit)
+    monkeypatch.setattr(Decoder, "step", before_step)
+    monkeypatch.setattr(
+        Batch, "retire", lambda self, done: (moved.append(min(done) < self.n - 1), retire(self, done))[1]
+    )
+    got = Engine(model, Ends(), rows=5).generate(asked, params, logprobs=True)
     assert [r.ids for r in got] == [r.ids for r in want]
-    assert len(poisoned) > 5 and max(poisoned) > 0
+    for a, b in zip(got, want):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-6)
+    assert len(poisoned) > 100 and max(poisoned) == 5 and any(moved)
 
 
 def test_a_long_answer_holds_no_other(monkeypatch):
