@@ -32,8 +32,8 @@ Tick = Callable[[Result], None]
 OF_AN_ANSWER = ("help", "safe", "reward", "help_logit", "safe_logit")
 
 
-class Answers(Protocol):
-    """What an engine is here."""
+class AnyEngine(Protocol):
+    """What is wanted of an engine: the local one and the remote one have it."""
 
     context: int
 
@@ -85,7 +85,7 @@ class Tally:
 class Voice:
     """Who answers, and how its answers are drawn. policy: the name that records give it."""
 
-    engine: Answers
+    engine: AnyEngine
     tokenizer: Tokenizer
     policy: str
     temperature: float
@@ -130,7 +130,7 @@ def answer_text(result: Result, tokenizer: Tokenizer, tags: Tags) -> tuple[str, 
 
 def sample_records(
     prompts: Sequence[tuple[Place, Record]],
-    engine: Answers,
+    engine: AnyEngine,
     tokenizer: Tokenizer,
     *,
     k: int,

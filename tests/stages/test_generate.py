@@ -16,6 +16,7 @@ from llama2cli import cli
 from llama2cli.errors import DataError
 from llama2cli.sampling.engine import Engine, Result
 from llama2cli.sampling.load import settle_sampling
+from llama2cli.text.records import prompt_id, validate
 from llama2cli.text.tokenizer import Tokenizer
 
 CONTEXT = 128
@@ -324,3 +325,150 @@ def test_as_a_pipe_whose_reader_leaves(checkpoint):
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == ""
     assert first["messages"][0]["content"] == "fox" and len(first["messages"]) == 2
+
+
+# --- samples and pairs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(checkpoint, tmp_path_factory) -> Path:
+    """A second model with the same tokenizer and other weights."""
+    folder = tmp_path_factory.mktemp("other") / "step-000040"
+    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint)
+    torch.manual_seed(8)
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((checkpoint / "tokenizer.model").read_bytes())
+    return folder
+
+
+def test_samples(run, checkpoint):
+    records = [prompt("the fox", n=0), prompt("12 lazy dogs", n=1)]
+    got = run(records, "-k", 4, "--max-new-tokens", 9, "--seed", 5, "--temperature", 1.2)
+    assert [(r["n"], r["sample"]) for r in got] == [(n, i) for n in (0, 1) for i in range(4)]
+    for record in got:
+        assert validate("sample", record) == record
+        assert record["id"] == prompt_id(record["messages"][:-1])
+        assert (record["policy"], record["temperature"], record["seed"]) == (checkpoint.name, 1.2, 5)
+        assert record["n_tokens"] == 9 if record["truncated"] else 1 <= record["n_tokens"] <= 9
+    assert len(set(answers(got))) > 6
+    assert "8 answers" in run.err and "temperature 1.2" in run.err
+    whole, count = run.bytes, len(got)
+    run(
+        records,
+        "--samples",
+        4,
+        "--max-new-tokens",
+        9,
+        "--seed",
+        5,
+        "--temperature",
+        1.2,
+        "--batch-size",
+        3,
+        "--window",
+        1,
+    )
+    assert run.bytes == whole, "neither rows nor windows matter"
+    more = run(records, "-k", 6, "--max-new-tokens", 9, "--seed", 5, "--temperature", 1.2)
+    assert [r for r in more if r["sample"] < 4] == got and len(more) == count + 4
+    # the first sample is what generate writes without -k
+    plain = run(records, "--max-new-tokens", 9, "--seed", 5, "--temperature", 1.2)
+    assert answers(plain) == answers(got[::4])
+    [one] = run("the fox", "--text", "-k", 1, "--max-new-tokens", 9, "--temperature", 0)
+    assert one["sample"] == 0 and one["temperature"] == 0
+
+
+def test_samples_are_of_prompts(run):
+    code, err = run([prompt("a"), {"text": "b"}], "-k", 2)
+    assert code == 1 and 'in.jsonl:2: the field "messages" is missing' in err
+    code, err = run([prompt("a")], "-k", 2, "--temperature", 0)
+    assert code == 2 and "greedy answers are all the same" in err and len(err.splitlines()) == 1
+    code, err = run([prompt("a")], "-k", 2, "--pair-temperature", 1)
+    assert code == 2 and "either samples or a pair" in err
+    assert run([prompt("a")], "-k", 0)[0] == 2
+
+
+def test_pairs_of_two_models(run, checkpoint, other):
+    records = [prompt(f"the fox {i}", n=i) for i in range(12)]
+    fixed = ["--max-new-tokens", 9, "--seed", 3, "--temperature", 0]
+    got = run(records, *fixed, "--pair", other)
+    both = {"step-000040"} | {checkpoint.name}
+    each = {checkpoint.name: answers(run(records, *fixed)), "step-000040": answers(run(records, *fixed, model=other))}
+    assert each[checkpoint.name] != each["step-000040"]
+    for i, pair in enumerate(got):
+        assert validate("pair", pair) == pair
+        assert (pair["prompt"], pair["n"]) == (records[i]["messages"], i)
+        policies = [r["policy"].split("/")[-1] for r in pair["responses"]]
+        assert set(policies) == both
+        for name, response in zip(policies, pair["responses"]):
+            assert response["message"] == {"role": "assistant", "content": each[name][i]}
+    assert 0 < sum(checkpoint.name in pair["responses"][0]["policy"] for pair in got) < 12
+    assert not [r["policy"] for pair in got for r in pair["responses"] if Path(r["policy"]).is_absolute()]
+
+
+def test_pairs_of_two_temperatures(run, monkeypatch):
+    from llama2cli.sampling import load
+
+    loaded, original = [], load.load_engine
+    monkeypatch.setattr(load, "load_engine", lambda path, **kw: (loaded.append(path), original(path, **kw))[1])
+    records = [prompt(f"fox {i}") for i in range(8)]
+    got = run(records, "--max-new-tokens", 9, "--temperature", 0.8, "--pair-temperature", 1.3)
+    assert len(loaded) == 1, "one model is loaded once"
+    assert all({r["temperature"] for r in pair["responses"]} == {0.8, 1.3} for pair in got)
+    assert len({pair["responses"][0]["temperature"] for pair in got}) == 2
+    assert "temperature 0.8, top-p 0.9 and temperature 1.3" in run.err and "16 answers" in run.err
+    samples = run(records, "-k", 2, "--max-new-tokens", 9, "--temperature", 0.8)
+    cool = [r["message"]["content"] for pair in got for r in pair["responses"] if r["temperature"] == 0.8]
+    assert cool == answers(samples[::2])
+
+
+def test_two_samples_of_one_model_are_a_pair(run, checkpoint):
+    got = run([prompt(f"fox {i}") for i in range(8)], "--max-new-tokens", 9, "--temperature", 1.3, "--pair", checkpoint)
+    different = [pair for pair in got if pair["responses"][0]["message"] != pair["responses"][1]["message"]]
+    assert len(different) > 4 and not any("identical" in pair for pair in different)
+    code, err = run([prompt("a")], "--temperature", 0, "--pair", checkpoint)
+    assert code == 2 and "two greedy answers of one model are the same" in err
+
+
+@pytest.mark.parametrize("flags", [("-k", 3), ("--pair-temperature", 1.5)])
+def test_samples_and_pairs_of_a_run_that_was_killed(run, monkeypatch, flags):
+    records = [prompt(f"fox {i}") for i in range(10)]
+    fixed = ["--window", 4, "--max-new-tokens", 6, *flags]
+    run(records, *fixed, out="whole.jsonl")
+    whole, generate, calls = run.bytes, Engine.generate, []
+
+    def dies(self, prompts, *args, **kw):
+        calls.append(len(prompts))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *args, **kw)
+
+    monkeypatch.setattr(Engine, "generate", dies)
+    if flags[0] == "-k":
+        calls.append(0)
+    assert run(records, *fixed)[0] == 130
+    run(records, *fixed)
+    assert run.bytes == whole
+    if flags[0] == "-k":
+        assert calls[1:] == [12, 12, 6, 6]
+    else:
+        assert calls == [4, 4, 4, 4, 4, 4, 2, 2]
+
+
+def test_a_killed_run_is_not_continued_with_another_second_model(run, monkeypatch, other, checkpoint):
+    records = [prompt(f"fox {i}") for i in range(6)]
+    fixed = ["--window", 2, "--max-new-tokens", 4]
+    generate, calls = Engine.generate, []
+
+    def dies(self, prompts, *args, **kw):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *args, **kw)
+
+    monkeypatch.setattr(Engine, "generate", dies)
+    assert run(records, *fixed, "--pair", other)[0] == 130
+    assert len(run(records, *fixed, "--pair", checkpoint)) == 6
+    assert "of other settings or inputs; starting over" in run.err
