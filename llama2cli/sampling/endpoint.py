@@ -133,14 +133,17 @@ class Endpoint:
         while not stop.is_set():
             try:
                 value = read(self._json(self._send(method, path, data)))
-            except Away as e:
-                pause = self._wait(e, max(began, self.heard), attempt, key)
-            except Faulty as e:
-                faults += 1
-                if faults > self.retries:
-                    raise DataError(f"{e} ({faults} attempts)", self.url) from None
-                console.warn(f"{self.url}: {e}; asking again", f"requests that were sent again: {self.url}")
-                pause = self._pause(faults - 1, key)
+            except (Away, Faulty) as e:
+                if stop.is_set():
+                    break
+                if isinstance(e, Away):
+                    pause = self._wait(e, max(began, self.heard), attempt, key)
+                else:
+                    faults += 1
+                    if faults > self.retries:
+                        raise DataError(f"{e} ({faults} attempts)", self.url) from None
+                    console.warn(f"{self.url}: {e}; asking again", f"requests that were sent again: {self.url}")
+                    pause = self._pause(faults - 1, key)
             else:
                 self._answered()
                 return value

@@ -1,17 +1,7 @@
 """Answers from a model that somebody else serves, over any OpenAI-compatible completions endpoint.
 
-`RemoteEngine.generate` is that of `engine.Engine`. Prompts go out as token ids of our own encoder, one request for each
-answer, so no template or tokenizer of the server plays a part; it must not add to them, which is checked. What servers
-differ in:
-
-    vLLM       ids of the answer by `return_token_ids` (from 0.10.2), before that by `return_tokens_as_token_ids`; its
-               log-probabilities are at temperature 1; `seed` is honoured. Defaults of the model's
-               generation_config.json apply to what a request leaves out, so nothing is left out.
-    SGLang     the same fields, in releases since the summer of 2026; `seed` only with --enable-deterministic-inference.
-    llama.cpp  ids of the prompt since August 2025; those of the answer stand in `logprobs`, where a character of
-               several byte tokens has only the last; seeds of 32 bits. It cuts by top-p before it applies the
-               temperature unless told otherwise, which it is.
-    others     text only: its ids are encoded anew, which is told and counted, and no log-probabilities.
+`RemoteEngine.generate` is that of `engine.Engine`. Prompts go out as token ids of our own encoder, so no template or
+tokenizer of the server plays a part (`completions` has what is said, `endpoint` how it gets there).
 
 What is drawn depends on (prompt, seed, sample index) as far as the server honours seeds: the index is added to a number
 made from prompt and seed, so samples of one prompt never share a seed. Greedy answers have no seed and are asked for
@@ -20,67 +10,28 @@ once. With a journal (see `answers`) a command that was killed asks only for wha
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from hashlib import blake2b
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse, did_you_mean
+from llama2cli.sampling import completions
 from llama2cli.sampling.answers import Answers
-from llama2cli.sampling.endpoint import KEY_NAME, Endpoint, Faulty, Refused, Stopped
+from llama2cli.sampling.completions import Answer, Request, Server, Source, answer_key
+from llama2cli.sampling.endpoint import KEY_NAME, Endpoint, Refused, Stopped
 from llama2cli.sampling.engine import Result, room
 from llama2cli.sampling.load import TEMPERATURE, TOP_P, Sampling
 from llama2cli.sampling.sampler import SampleParams
 from llama2cli.text.tokenizer import Tokenizer
 
 CONTEXT = 4096  # Llama 2's, where the server does not tell
-SEEDS = (1 << 31) - 1  # llama.cpp's seeds have 32 bits, of which all ones mean "draw one"
-
-Source = Literal["token_ids", "logprobs", "text"]  # where a server's answers have their ids
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the journal keeps. exact: the ids are the server's, not made from its text. logprobs at temperature 1."""
-
-    ids: list[int]
-    truncated: bool
-    exact: bool
-    logprobs: list[float]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One answer that is wanted. limit: tokens at most, with the context taken into account."""
-
-    prompt: Sequence[int]
-    params: SampleParams
-    limit: int
-    logprobs: bool
-
-
-def request_seed(prompt: Sequence[int], seed: int, index: int) -> int:
-    """The seed that a server gets for a sample: 31 bits; for one prompt and seed it differs from index to index."""
-    words = np.array([seed & (1 << 63) - 1, *prompt], dtype="<i8")
-    base = int.from_bytes(blake2b(words.tobytes(), digest_size=8).digest(), "little")
-    return (base + index) % SEEDS
-
-
-def answer_key(request: Request, model: str) -> bytes:
-    """What tells answers apart: the ids of the prompt, the parameters and the model. Where it is served does not."""
-    p = request.params
-    told = [model, request.limit, p.temperature, p.top_p, p.seed, p.index, request.logprobs]
-    ids = np.array(request.prompt, dtype="<i8").tobytes()
-    return blake2b(json.dumps(told).encode() + b"\0" + ids, digest_size=16).digest()
 
 
 class RemoteEngine:
@@ -109,7 +60,6 @@ class RemoteEngine:
         self.tokenizer, self.concurrency = tokenizer, concurrency
         self.eos_id, self.vocab_size = tokenizer.eos_id, tokenizer.vocab_size
         self.reencoded = self.replayed = self.asked = 0  # answers whose ids are of our making; from the journal; drawn
-        self.source: Source = "token_ids"
         self.answers = Answers(journal) if journal is not None else None
         try:
             if isinstance(endpoint, str):
@@ -122,9 +72,9 @@ class RemoteEngine:
                 )
             self.endpoint = endpoint
             self.url = endpoint.url
-            self.is_llama_cpp = False
-            self.model, self.context = self._meet(model, context)
-            self.source = self._probe()
+            server, self.context = self._meet(model, context)
+            self.server = replace(server, source=self._probe(server))
+            self.model = server.model
         except BaseException:
             self.close()
             raise
@@ -133,37 +83,34 @@ class RemoteEngine:
 
     # --- the server -----------------------------------------------------------------------------------------------
 
-    def _meet(self, model: str | None, context: int | None) -> tuple[str, int]:
-        """The name of the model and the context, from what the server says of itself."""
+    def _meet(self, model: str | None, context: int | None) -> tuple[Server, int]:
+        """The server and its context, from what it says of itself."""
         try:
-            entries = self.endpoint.ask("GET", "models", listed)
+            entries = self.endpoint.ask("GET", "models", completions.models)
         except Refused as e:
             if e.status not in (404, 405, 501):
                 raise
             entries = []
         names = [e["id"] for e in entries]
-        if model is None:
-            if len(names) != 1:
-                have = f"serves {', '.join(names)}" if names else "does not tell what it serves"
-                raise Misuse(f"{have}; name the model", self.url)
-            model = names[0]
+        if model is None and len(names) != 1:
+            have = f"serves {', '.join(names)}" if names else "does not tell what it serves"
+            raise Misuse(f"{have}; name the model", self.url)
+        model = model or names[0]
         entry = next((e for e in entries if e["id"] == model), None)
-        self.is_llama_cpp = any(e.get("owned_by") == "llamacpp" for e in entries)
         if names and entry is None:
             raise Misuse(f'serves {", ".join(names)}, not "{model}"{did_you_mean(model, names)}', self.url)
+        server = Server(self.url, model, self.tokenizer, any(e.get("owned_by") == "llamacpp" for e in entries))
         meta = entry.get("meta") if entry else None
         pieces = meta.get("n_vocab") if isinstance(meta, dict) else None
         if isinstance(pieces, int) and pieces < self.vocab_size:
             what = f"{model} has {pieces:,} tokens, the tokenizer {self.tokenizer.name} has {self.vocab_size:,}"
             raise DataError(f"{what}; name the tokenizer of that model", self.url)
-        told = entry.get("max_model_len") if entry else None
-        if not isinstance(told, int) and self.is_llama_cpp:
-            told = self._slot_context()
+        told = self._slot_context() if server.is_llama_cpp else entry.get("max_model_len") if entry else None
         if isinstance(told, int) and told > 0:
-            return model, min(told, context or told)
+            return server, min(told, context or told)
         if context is None:
             console.say(f"{self.url}: does not tell its context; {CONTEXT:,} tokens, Llama 2's, are assumed")
-        return model, context or CONTEXT
+        return server, context or CONTEXT
 
     def _slot_context(self) -> int | None:
         """The context of one answer at llama.cpp's server, which divides its own among those under way."""
@@ -174,15 +121,17 @@ class RemoteEngine:
             return None
         return size if isinstance(size, int) else None
 
-    def _probe(self) -> Source:
+    def _probe(self, server: Server) -> Source:
         """Find out, with one greedy token, that ids are taken as they are, and where those of answers stand."""
         prompt = [self.tokenizer.bos_id, *self.tokenizer.encode("A llama")]
-        request = Request(prompt, SampleParams(1, temperature=0), 1, logprobs=False)
-        source: Source
-        for source in ("token_ids", "logprobs"):
-            self.source = source
+        request = Request(prompt, SampleParams(1, temperature=0), 1)
+        sources: tuple[Source, ...] = ("token_ids", "logprobs")
+        for source in sources:
+            fields = completions.body(replace(server, source=source), request)
             try:
-                choice, _ = self.endpoint.ask("POST", "completions", self._checked(request), self._body(request))
+                choice, _ = self.endpoint.ask(
+                    "POST", "completions", partial(completions.the_choice, server, request), fields
+                )
             except Refused as e:
                 if e.status == 404:
                     what = f"no completions are there ({e.said}); an address ends in /v1 as a rule"
@@ -191,131 +140,11 @@ class RemoteEngine:
                     raise
                 needs = "vLLM, SGLang and llama.cpp's server (from August 2025) take ids"
                 raise DataError(f'does not take a prompt of token ids ("{e.said}"); {needs}', *e.place) from None
-            if self._ids(choice) is not None:
+            if completions.token_ids(choice) is not None:
                 return source
         what = "gives no token ids, only text; the ids of its answers are encoded from it, which may differ"
         console.warn(f"{self.url}: {what} from those that were drawn")
         return "text"
-
-    def _body(self, request: Request) -> dict[str, Any]:
-        """The request as JSON. What would fall back to a default of the server is spelled out."""
-        p = request.params
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": [int(i) for i in request.prompt],
-            "max_tokens": request.limit,
-            "temperature": p.temperature,
-            "top_p": p.top_p,
-            "n": 1,
-            "stream": False,
-            "seed": request_seed(request.prompt, p.seed, p.index),
-            "top_k": -1,
-            "min_p": 0.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "skip_special_tokens": True,
-        }
-        if self.is_llama_cpp:
-            body |= {"repeat_penalty": 1.0, "samplers": ["temperature", "top_p"]}
-        else:
-            body |= {"repetition_penalty": 1.0, "return_token_ids": True}
-        if request.logprobs or self.source == "logprobs":
-            body |= {"logprobs": 1, "return_tokens_as_token_ids": True}
-        return body
-
-    # --- what it answers ------------------------------------------------------------------------------------------
-
-    def _checked(self, request: Request) -> Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]:
-        """A reader of replies: (choice, usage). It raises Faulty for another form, DataError for another prompt."""
-
-        def read(reply: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-            if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
-                said = reply.get("error") if isinstance(reply, dict) else None
-                raise Faulty(f"the answer has no choices{f' ({said})' if said else ''}")
-            choices, usage = reply["choices"], reply.get("usage") or {}
-            if len(choices) != 1 or not isinstance(choices[0], dict) or not isinstance(usage, dict):
-                raise Faulty(f"the answer has {len(choices)} choices, one was asked for")
-            count, sent = usage.get("prompt_tokens"), len(request.prompt)
-            if isinstance(count, int) and count != sent:
-                raise DataError(f"read a prompt of {sent:,} token ids as {count:,}: it does not take ids", self.url)
-            seen = choices[0].get("prompt_token_ids")
-            if isinstance(seen, list) and seen != list(request.prompt):
-                raise DataError("put other ids in the place of the prompt's", self.url)
-            return choices[0], usage
-
-        return read
-
-    def _ids(self, choice: dict[str, Any]) -> list[int] | None:
-        """The ids of an answer as the server gives them; None where there are none."""
-        ids: Any = choice.get("token_ids")
-        held = choice.get("logprobs")
-        if not isinstance(ids, list) and isinstance(held, dict):
-            if isinstance(held.get("content"), list):  # llama.cpp
-                ids = [t.get("id") if isinstance(t, dict) else None for t in held["content"]]
-            elif isinstance(held.get("tokens"), list):  # vLLM, "token_id:13"
-                names = [str(t).removeprefix("token_id:") for t in held["tokens"]]
-                marked = all(str(t).startswith("token_id:") for t in held["tokens"])
-                ids = [int(n) if n.isdigit() else None for n in names] if marked else None
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            return None
-        return ids
-
-    def _logprobs(self, choice: dict[str, Any]) -> list[float]:
-        held = choice.get("logprobs") or {}
-        if isinstance(held.get("content"), list):
-            values = [t.get("logprob") if isinstance(t, dict) else None for t in held["content"]]
-        else:
-            values = held.get("token_logprobs") or []
-        found = [float(v) for v in values if isinstance(v, (int, float))]
-        if len(found) != len(values):
-            raise Faulty("the answer has tokens without a log-probability")
-        return found
-
-    def _read(self, request: Request) -> Callable[[Any], Answer]:
-        """A reader of replies. It raises Faulty for a reply that another attempt may mend, else DataError."""
-        checked = self._checked(request)
-
-        def read(reply: Any) -> Answer:
-            choice, usage = checked(reply)
-            finish, text = choice.get("finish_reason"), choice.get("text")
-            if finish not in ("stop", "length") or not isinstance(text, str):
-                raise Faulty(f"the answer ended with {json.dumps(finish)}, not with stop or length")
-            stop = choice.get("stop_reason", choice.get("matched_stop"))
-            if finish == "stop" and stop not in (None, self.eos_id):
-                what = f"ends answers at {json.dumps(stop)}, which is not the end of a sequence ({self.eos_id})"
-                raise DataError(f"{what}; take its own stop words and stop ids out", self.url)
-            ids = self._ids(choice)
-            open_ended = not ids or ids[-1] != self.eos_id
-            count = usage.get("completion_tokens")
-            if self.source == "logprobs" and ids is not None and isinstance(count, int):
-                # llama.cpp leaves out tokens that end inside a character; EOS may be counted and not be there
-                if count - len(ids) not in (0, open_ended and finish == "stop"):
-                    ids = None
-            exact = ids is not None
-            if ids is None:
-                ids, open_ended = reencode(self.tokenizer, text), True
-            else:
-                self._refuse_foreign(ids, text)
-            if len(ids) > request.limit and exact:
-                raise Faulty(f"the answer has {len(ids)} tokens, {request.limit} were asked for at most")
-            if finish == "stop" and open_ended:
-                ids = [*ids, self.eos_id]
-            logprobs = self._logprobs(choice) if request.logprobs else []
-            if request.logprobs and len(logprobs) != len(ids):
-                what = f"gives {len(logprobs)} log-probabilities for an answer of {len(ids)} tokens"
-                raise DataError(f"{what}; vLLM gives one for each", self.url)
-            return Answer(ids, truncated=finish == "length" and open_ended, exact=exact, logprobs=logprobs)
-
-        return read
-
-    def _refuse_foreign(self, ids: list[int], text: str) -> None:
-        """Raise DataError where the ids of an answer are not those of its text: the server has another tokenizer."""
-        high = max(ids, default=0)
-        if high < self.vocab_size and agrees(self.tokenizer, ids, text):
-            return
-        what = f"holds token {high:,}" if high >= self.vocab_size else "has another text than its token ids"
-        named = f"in the tokenizer {self.tokenizer.name} ({self.vocab_size:,} tokens)"
-        raise DataError(f"an answer {what} {named}; name the tokenizer of the served model", self.url)
 
     # --- many prompts ---------------------------------------------------------------------------------------------
 
@@ -348,7 +177,7 @@ class RemoteEngine:
 
         def give(key: bytes, answer: Answer) -> None:
             self.reencoded += not answer.exact
-            if not answer.exact and self.source != "text":
+            if not answer.exact and self.server.source != "text":
                 what = "an answer's token ids are encoded from its text: the server leaves some out"
                 console.warn(f"{self.url}: {what}", "answers whose token ids are encoded from their text")
             for i in asked[key]:
@@ -366,7 +195,7 @@ class RemoteEngine:
         if kept is None:
             return False
         self.replayed += 1
-        give(key, Answer(kept["ids"], kept["truncated"], kept["exact"], kept.get("logprobs", [])))
+        give(key, Answer(kept["ids"], kept["truncated"], kept.get("logprobs", []), kept["exact"]))
         return True
 
     def _draw(self, requests: dict[bytes, Request], give: Callable[[bytes, Answer], None]) -> None:
@@ -407,7 +236,8 @@ class RemoteEngine:
     def _one(self, request: Request, stop: threading.Event) -> Answer:
         """Ask for one answer."""
         try:
-            return self.endpoint.ask("POST", "completions", self._read(request), self._body(request), stop=stop)
+            read, fields = partial(completions.read, self.server, request), completions.body(self.server, request)
+            return self.endpoint.ask("POST", "completions", read, fields, stop=stop)
         except Refused as e:
             asked = f"a prompt of {len(request.prompt):,} tokens, {request.limit:,} more at most"
             raise DataError(f"{e.message} ({asked})", *e.place) from None
@@ -424,7 +254,7 @@ class RemoteEngine:
             except queue.Empty:
                 break
             if isinstance(got, Answer):
-                answers.append((key, got))
+                answers.append((key, completions.complete(self.tokenizer, got)))
             elif error is None or isinstance(error, Stopped):
                 error = got
         self.asked += len(answers)
@@ -457,12 +287,6 @@ class RemoteEngine:
         self.close()
 
 
-def listed(reply: Any) -> list[dict[str, Any]]:
-    """The models of GET /v1/models; none where it has another form."""
-    data = reply.get("data") if isinstance(reply, dict) else None
-    return [e for e in data or [] if isinstance(e, dict) and isinstance(e.get("id"), str)]
-
-
 def as_kept(answer: Answer) -> dict[str, Any]:
     """An answer as the journal holds it."""
     kept = {"ids": answer.ids, "truncated": answer.truncated, "exact": answer.exact}
@@ -477,23 +301,6 @@ def as_result(answer: Answer, params: SampleParams) -> Result:
     else:
         sampled = list(logprobs) if params.temperature == 1 and params.top_p == 1 else []
     return Result(list(answer.ids), list(logprobs), sampled, answer.truncated)
-
-
-def agrees(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> bool:
-    """Whether a text is that of ids. Spaces do not count (servers tidy them), nor do texts with bytes that are none."""
-    ours = tokenizer.decode(ids)
-    if "\ufffd" in ours or "\ufffd" in text or tokenizer.unk_id in ids:
-        return True
-    return "".join(ours.split()) == "".join(text.split())
-
-
-def reencode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text that goes on from a prompt: the space before it is there only where the text has it."""
-    if text.startswith(" "):
-        return tokenizer.encode(text[1:])
-    before = tokenizer.encode("\n")
-    whole = tokenizer.encode("\n" + text)
-    return whole[len(before) :] if whole[: len(before)] == before else tokenizer.encode(text)
 
 
 # --- for the commands ---------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ import sentencepiece
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse
-from llama2cli.sampling import remote
+from llama2cli.sampling import completions, remote
 from llama2cli.sampling.answers import HEADER, Answers
+from llama2cli.sampling.completions import Request, Server, answer_key, reencode, request_seed
 from llama2cli.sampling.endpoint import Endpoint, is_local, message, parse, retry_after
 from llama2cli.sampling.engine import Engine
-from llama2cli.sampling.remote import RemoteEngine, connect, reencode, request_seed
+from llama2cli.sampling.remote import RemoteEngine, connect
 from llama2cli.sampling.sampler import SampleParams
 from llama2cli.text.tokenizer import Tokenizer
 
@@ -170,17 +171,16 @@ def test_answers_of_each_kind_of_server_in_order_with_their_own_ids(serve, token
     assert len(server.events("asked")) == 60
 
 
-def test_the_request_leaves_nothing_to_defaults_of_the_server(serve, tokenizer, monkeypatch):
-    server = serve()
-    engine = RemoteEngine(server.url, "tiny", tokenizer)
-    request = remote.Request([1, 5], SampleParams(7, 0.8, 0.9, 3, 4), 7, False)
-    body = engine._body(request)
-    assert body["prompt"] == [1, 5] and body["max_tokens"] == 7 and body["n"] == 1
+def test_the_request_leaves_nothing_to_defaults_of_the_server(tokenizer):
+    server = Server("http://h/v1", "m", tokenizer)
+    request = Request([1, 5], SampleParams(7, 0.8, 0.9, 3, 4), 7)
+    body = completions.body(server, request)
+    assert body["model"] == "m" and body["prompt"] == [1, 5] and body["max_tokens"] == 7 and body["n"] == 1
     assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"]) == (0.8, 0.9, -1, 0.0)
     assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"]) == (1.0, 0.0, 0.0)
     assert body["return_token_ids"] is True and "logprobs" not in body
-    engine.is_llama_cpp = True
-    assert engine._body(request)["samplers"] == ["temperature", "top_p"]
+    body = completions.body(replace(server, is_llama_cpp=True), request)
+    assert body["samplers"] == ["temperature", "top_p"] and body["repeat_penalty"] == 1.0
 
 
 def test_seeds_differ_within_a_prompt_and_fit_every_server():
@@ -227,7 +227,7 @@ def test_text_only_servers_are_told_and_counted(serve, tokenizer, capsys):
         assert plain and all(
             "".join(tokenizer.decode(got).split()) == "".join(tokenizer.decode(w).split()) for got, w in plain
         )
-        with pytest.raises(DataError, match="0 log-probabilities for an answer of"):
+        with pytest.raises(DataError, match="so no log-probabilities can be had"):
             engine.generate(prompts, params, logprobs=True)
 
 
@@ -378,8 +378,8 @@ def test_a_client_killed_mid_run_asks_only_for_what_is_missing(serve, folder, to
     assert json.loads(ids) == wanted(prompts, params, tokenizer)
     replayed, drawn = map(int, counts.split())
     assert replayed == len(done) >= 24 and replayed + drawn == 80
-    requests = [remote.Request(q, p, 12, False) for q, p in zip(prompts, params)]
-    kept = {(tuple(r.prompt), request_seed(r.prompt, 5, 0)) for r in requests if remote.answer_key(r, "tiny") in done}
+    requests = [Request(q, p, 12, False) for q, p in zip(prompts, params)]
+    kept = {(tuple(r.prompt), request_seed(r.prompt, 5, 0)) for r in requests if answer_key(r, "tiny") in done}
     again = server.events("asked", before)
     assert len(kept) == len(done) and not kept & set(again)
     assert len(again) == len(set(again)) == drawn and kept | set(again) == set(server.events("asked"))
@@ -494,7 +494,7 @@ def test_servers_that_are_refused_at_once(serve, tokenizer, settings, model, com
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        ({"token_ids": [5, 9999, 2]}, "holds token 9,999 in the tokenizer"),
+        ({"token_ids": [5, 9999, 2]}, "holds token 9,999, which is not in the tokenizer"),
         ({"token_ids": [270, 271, 272]}, "has another text than its token ids"),
         ({"prompt_token_ids": [1, 1, 2]}, "put other ids in the place of the prompt's"),
         ({"finish_reason": "stop", "stop_reason": "User:"}, 'ends answers at "User:"'),
