@@ -11,11 +11,11 @@ Choices that the paper leaves open, beside those at the top of `rlhf/preferences
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama2cli import console, provenance
+from llama2cli import console
 from llama2cli.errors import DataError, Failure, Misuse, did_you_mean
 from llama2cli.settings import Training, flag
 from llama2cli.text.chat import TEMPLATE
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from llama2cli.nn.config import ModelConfig
     from llama2cli.rlhf.preferences import Margins
-    from llama2cli.text.tokenizer import Tokenizer
+    from llama2cli.text.records import Record
+    from llama2cli.text.streams import Place
     from llama2cli.training.corpus import Named
     from llama2cli.training.data import Position
     from llama2cli.training.dist import World
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from llama2cli.training.run import Run
     from llama2cli.training.scored import Examples, Report, Rows
     from llama2cli.training.session import Work
+    from llama2cli.training.tuning import Split, Start
+
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,90 +179,52 @@ def check(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A run before any weight exists: the examples, what became of them, and the work that comes of it."""
+    """A run before any weight exists: the examples, what became of them, and the work that comes of it.
+
+    what: "comparisons" or "dialogues". epochs: how often it reads the data.
+    """
 
     what: str
     rows: Rows
     heldout: list[Part]
     report: Report
+    epochs: float
     work: Work
 
 
 def prepare(settings: Settings, world: World) -> Job:
-    """Read and encode the data, mix them, set apart what is held out, settle the length of the run."""
-    from llama2cli.nn import budget, checkpoint
-    from llama2cli.text.folders import resolve_model
-    from llama2cli.text.tokenizer import Tokenizer
-    from llama2cli.training import examples, scored, session
-    from llama2cli.training.corpus import parse_heldout
-    from llama2cli.training.optim import warmup_steps
+    """Read and encode the data, set apart what is held out, mix the rest, settle the length of the run."""
+    from llama2cli.nn import budget
+    from llama2cli.rlhf.objectives import reducer, tracked
+    from llama2cli.training import examples, scored, session, tuning
 
-    # the model
-    init = resolve_model(settings.init)
-    tokenizer = Tokenizer.load(init)
-    own = checkpoint.load_config(init, None)
-    checkpoint.check_tokenizer(own, tokenizer, settings.init)
-    context = settings.context or own.max_position_embeddings
-    config = dataclasses.replace(own, max_position_embeddings=max(own.max_position_embeddings, context))
+    start = tuning.start_from(settings.init, settings.context, None)
 
     # the data
     what = "comparisons" if settings.objective == "ranking" else "dialogues"
     named = examples.parse_sources([*settings.files, *settings.data], world.size)
-    held = parse_heldout(settings.heldout)
-    store = scored.Examples()
-    parts, report = read(settings, named, store, tokenizer, context)
-    apart: list[Part] = []
-    notes = []
-    if isinstance(held, float):
-        parts, apart = examples.split_all(parts, store.groups, held)
-    elif held:
-        apart, _ = read(settings, held, store, tokenizer, context)
-        parts, left_out = examples.without(parts, store.groups, apart)
-        if left_out:
-            notes.append(f"{left_out:,} {what} are not trained on: --heldout has their prompts")
-    elif settings.heldout_per_batch is not None:
+    store, report = scored.Examples(), scored.Report()
+
+    def read_more(sources: Sequence[Named]) -> list[Part]:
+        return read(settings, sources, store, report, start)
+
+    split = tuning.set_apart(settings.heldout, read_more(named), store.groups, read_more, what)
+    if settings.heldout_per_batch is not None:
         weeks = [facts.get("batch") for facts in store.facts]
-        parts, apart = examples.split_batches(parts, store.groups, weeks, settings.heldout_per_batch)
-    parts, more = mixed(settings, parts, explicit=any(n.weight is not None for n in named))
+        kept, out = examples.split_batches(split.parts, store.groups, weeks, settings.heldout_per_batch)
+        split = dataclasses.replace(split, parts=kept, heldout=out)
+    parts, told = mixed(settings, split.parts, explicit=any(n.weight is not None for n in named))
+    split = dataclasses.replace(split, parts=parts, notes=[*split.notes, *told])
     examples.check_some(parts, what[:-1])
     labels = labels_of(settings, store)
-    if settings.objective == "ranking":
-        safety_weight = (
-            (1.0 if settings.mix == "safety" else 0.0) if settings.safety_weight is None else settings.safety_weight
-        )
-        if safety_weight and not any((labels["safe"][p.index] >= 0).any() for p in parts):
-            raise Misuse('no comparison that is trained on has a "safety" label to learn from', "--safety-weight")
-        known = {int(y) for p in apart for y in labels["safe"][p.index].flat}
-        if settings.calibrate and not {0, 1} <= known:
-            raise Misuse(
-                'wants held-out answers that are safe and some that are not (the "safety" field)', "--calibrate"
-            )
-    else:
-        safety_weight = 0.0
-
-    # the length of the run
+    safety_weight = weight_of_safety(settings, split, labels)
     order = examples.Order(parts, settings.seed)
     budgeted = session.tokens_at_once(settings, world)
-    rows = scored.Rows(store, labels, order, context, budgeted, settings.shared_prefix, world)
-    an_epoch = order.count(0)
-    total = None if settings.steps else examples.length(order.count, settings.epochs or EPOCHS)
-    steps = settings.steps or -(-(total or 0) // settings.batch_size)
-    if an_epoch < settings.batch_size:
-        notes.append(f"one step reads the data {settings.batch_size / an_epoch:,.1f} times; a smaller --batch-size?")
-    if config != own:
-        notes.append(f"the context of {settings.init} is extended to {config.max_position_embeddings:,} positions")
+    rows = scored.Rows(store, labels, order, start.context, budgeted, settings.shared_prefix, world)
+
+    # the length of the run
+    length = tuning.length_of(settings, order.count, settings.batch_size, settings.epochs or EPOCHS)
     resolved = {
-        **session.resolve(
-            settings,
-            world,
-            context=context,
-            steps=steps,
-            lr=learning_rate(config) if settings.lr is None else settings.lr,
-            warmup=warmup_steps(steps, settings.warmup, tuning=True),
-            eval_every=None if settings.calibrate else max(1, an_epoch // settings.batch_size // 4),
-        ),
-        "batch_size": settings.batch_size,
-        "micro_tokens": budgeted,
         "objective": settings.objective,
         "margin": list(margins(settings, store)) if settings.objective == "ranking" else None,
         "safety_weight": safety_weight,
@@ -267,12 +233,17 @@ def prepare(settings: Settings, world: World) -> Job:
         "tags": settings.tags,
         "shared_prefix": settings.shared_prefix,
         "calibrate": settings.calibrate,
-        "examples": {"ids": store.ids.digest(), "labels": digest(labels)},
-        "data": [examples.described(p) for p in parts],
-        "heldout": [examples.described(p) for p in apart],
-        "tokenizer": tokenizer.sha256,
-        "init": provenance.fingerprint(init),
-        "model": dataclasses.asdict(config),
+        **tuning.resolve(
+            settings,
+            world,
+            start,
+            split,
+            length,
+            lr=learning_rate(start.config) if settings.lr is None else settings.lr,
+            batch_size=settings.batch_size,
+            digest=rows.digest,
+            eval_every=None if settings.calibrate else length.eval_every,
+        ),
     }
     if settings.calibrate and resolved["save_every"] % resolved["eval_every"]:
         raise Misuse(f"each save ({resolved['save_every']}) wants a measurement before it", "--eval-every")
@@ -285,83 +256,95 @@ def prepare(settings: Settings, world: World) -> Job:
         return {"epochs": examples.progress(order.count, position), "seen": position["seen"]}
 
     def evaluate(loss: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-        return held_out(settings, rows, apart, safety_weight, loss, dtype)
+        return held_out(settings, rows, split.heldout, safety_weight, loss, dtype)
 
-    size = f"{budget.n_params(config):,} parameters, context {context:,}"
+    size = f"{budget.n_params(start.config, scorer=True):,} parameters, context {start.context:,}"
     kind = "A reward model" if settings.objective == "ranking" else "A classifier"
     work = session.Work(
         stage="rm-train",
         settings=settings,
         world=world,
         resolved=resolved,
-        config=config,
-        tokenizer=tokenizer,
-        init=init,
-        inputs=[n.path for n in [*named, *([] if isinstance(held, float) else held)]] + [str(init)],
-        notes=[*notes, *more],
-        mean_length=len(store.ids.values) // max(1, len(store)),
+        config=start.config,
+        tokenizer=start.tokenizer,
+        init=start.folder,
+        inputs=[*(n.path for n in named), *split.paths, str(start.folder)],
+        notes=[*split.notes, *length.notes, *start.notes],
+        mean_length=len(store.ids.values) // len(store),
         objective=objective,
-        batches=lambda at: rows.batches(settings.batch_size, total, at),
+        batches=lambda at: rows.batches(settings.batch_size, length.total, at),
         measure=measure,
-        evaluate=evaluate if apart else None,
+        evaluate=evaluate if split.heldout else None,
         describe=lambda metrics: f"{kind} of {size}, trained on {metrics['seen']:,} {what}.",
         told=("step", "loss", "accuracy", "heldout_loss", "heldout_accuracy", "epochs"),
         tracked=tracked(settings.objective, safety_weight),
         scorer=True,
         saved=lambda metrics: {"score_offset": offset_of(metrics, settings.calibrate), "chat_template": TEMPLATE},
     )
-    return Job(what, rows, apart, report, work)
+    return Job(what, rows, split.heldout, report, length.epochs, work)
 
 
-def read(
-    settings: Settings, named: Sequence[Named], store: Examples, tokenizer: Tokenizer, context: int
-) -> tuple[list[Part], Report]:
-    """Read files into the store: a part for each, and what became of their records."""
-    from llama2cli.text.chat import encode_scored
-    from llama2cli.text.formats import read_comparisons, read_labelled
-    from llama2cli.training import examples, scored
+def read(settings: Settings, named: Sequence[Named], store: Examples, report: Report, start: Start) -> list[Part]:
+    """Read files into the store: a part for each; what became of their records is added to the report."""
+    from llama2cli.training import examples
 
-    ranking = settings.objective == "ranking"
-    parts, total = [], scored.Report()
+    parts = []
     for source in named:
         before = len(store)
-        if ranking:
-            records = read_comparisons([source.path], format=settings.format, default_rating=settings.default_rating)
-        else:
-            records = read_labelled([source.path], format=settings.format)
-        for place, record in records:
-            prompt = record["prompt"] if ranking else record["messages"]
-            whole = [prompt + record["chosen"], prompt + record["rejected"]] if ranking else [prompt]
-            sequences = []
-            for messages in whole:
-                total.tags += count_tags(messages) if settings.tags == "escape" else 0
-                sequences.append(encode_scored(tokenizer, messages, tags=settings.tags, place=place))
-            if settings.long == "drop" and max(map(len, sequences)) > context:
-                total.long += 1
-                continue
-            total.cut += sum(len(s) > context for s in sequences)
-            sequences = [s[:context] for s in sequences]
-            if ranking and sequences[0] == sequences[1]:
-                total.same += 1
-                continue
+        for record, prompt, whole, place in dialogues(settings, source):
             facts: dict[str, Any] = {"source": record.get("source", source.name), "place": place}
             facts |= {k: record[k] for k in ("rating", "safety", "batch", "label") if k in record}
-            store.add(sequences, examples.group_of(prompt), facts)
-            total.examples += 1
-            total.tokens += sum(map(len, sequences))
+            encode(settings, store, report, start, whole, examples.group_of(prompt), facts)
         if len(store) == before:
-            raise DataError(f"holds no {'comparison' if ranking else 'dialogue'} to train on", source.path)
+            what = "comparison" if settings.objective == "ranking" else "dialogue"
+            raise DataError(f"holds no {what} to train on", source.path)
         parts.append(examples.part(source, before, len(store)))
     if settings.shared_prefix:
-        total.shared = total.tokens - len(store.ids.values)
-    return parts, total
+        report.shared = report.tokens - len(store.ids.values)
+    return parts
 
 
-def count_tags(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Tags of the chat format in the contents of a dialogue."""
-    from llama2cli.text.chat import TAGS
+def dialogues(settings: Settings, source: Named) -> Iterator[tuple[Record, Messages, list[Messages], Place]]:
+    """(record, its prompt, the dialogues that are scored, its place) of a file: of a comparison two dialogues."""
+    from llama2cli.text.formats import read_comparisons, read_labelled
 
-    return sum(len(TAGS.findall(m["content"])) for m in messages)
+    if settings.objective == "binary":
+        for place, record in read_labelled([source.path], format=settings.format):
+            yield record, record["messages"], [record["messages"]], place
+        return
+    rating = settings.default_rating
+    for place, record in read_comparisons([source.path], format=settings.format, default_rating=rating):
+        prompt = record["prompt"]
+        yield record, prompt, [prompt + record["chosen"], prompt + record["rejected"]], place
+
+
+def encode(
+    settings: Settings,
+    store: Examples,
+    report: Report,
+    start: Start,
+    whole: list[Messages],
+    group: int,
+    facts: dict[str, Any],
+) -> None:
+    """Add one example to the store, or count why it is left out."""
+    from llama2cli.text.chat import TAGS, encode_scored
+
+    place = facts["place"]
+    if settings.tags == "escape":
+        report.tags += sum(len(TAGS.findall(m["content"])) for messages in whole for m in messages)
+    sequences = [encode_scored(start.tokenizer, messages, tags=settings.tags, place=place) for messages in whole]
+    if settings.long == "drop" and max(map(len, sequences)) > start.context:
+        report.long += 1
+        return
+    report.cut += sum(len(s) > start.context for s in sequences)
+    sequences = [s[: start.context] for s in sequences]
+    if len(sequences) == 2 and sequences[0] == sequences[1]:
+        report.same += 1
+        return
+    store.add(sequences, group, facts)
+    report.examples += 1
+    report.tokens += sum(map(len, sequences))
 
 
 def mixed(settings: Settings, parts: list[Part], *, explicit: bool) -> tuple[list[Part], list[str]]:
@@ -420,73 +403,29 @@ def labels_of(settings: Settings, store: Examples) -> dict[str, np.ndarray]:
     }
 
 
-def digest(labels: Mapping[str, np.ndarray]) -> str:
-    """A hash of all labels."""
-    from hashlib import sha256
-
-    return sha256(b"".join(name.encode() + values.tobytes() for name, values in labels.items())).hexdigest()
-
-
-# --- 2. the loss --------------------------------------------------------------------------------------------------
-
-
-def tracked(objective: str, safety_weight: float) -> tuple[str, ...]:
-    """Names of the sums behind the loss."""
-    return ("accuracy", "ranking_loss", "safety_loss") if objective == "ranking" and safety_weight else ("accuracy",)
-
-
-def reducer(objective: str, safety_weight: float) -> Any:
-    """The sums of a micro-batch: the loss, and what is tracked, from scores [N] and the labels by name.
-
-    Of pairs the scores are those of the chosen and the rejected answer in turn.
-    """
-    import torch
-
-    from llama2cli.rlhf.preferences import binary_loss
-
-    def of_dialogues(scores_N: Tensor, labels: Tensor) -> Tensor:
-        right = (scores_N > 0) == (labels > 0.5)
-        return torch.stack([binary_loss(scores_N, labels).sum(), right.sum()])
-
-    def of_pairs(scores_N: Tensor, margins: Tensor, safe: Tensor) -> Tensor:
-        pairs = scores_N.view(-1, 2)
-        ranking, auxiliary = pair_losses(pairs, margins, safe)
-        right = right_pairs(pairs).sum()
-        if not safety_weight:
-            return torch.stack([ranking.sum(), right])
-        sums = ranking.sum(), auxiliary.sum()
-        return torch.stack([sums[0] + safety_weight * sums[1], right, *(s.detach() for s in sums)])
-
-    return of_pairs if objective == "ranking" else of_dialogues
+def weight_of_safety(settings: Settings, split: Split, labels: Mapping[str, np.ndarray]) -> float:
+    """The weight of the safety auxiliary loss. Raises Misuse where it, or --calibrate, lacks the labels it wants."""
+    if settings.objective == "binary":
+        return 0.0
+    weight = 1.0 if settings.mix == "safety" else 0.0
+    weight = weight if settings.safety_weight is None else settings.safety_weight
+    if weight and not any((labels["safe"][p.index] >= 0).any() for p in split.parts):
+        raise Misuse('no comparison that is trained on has a "safety" label to learn from', "--safety-weight")
+    known = {int(y) for p in split.heldout for y in labels["safe"][p.index].flat}
+    if settings.calibrate and not {0, 1} <= known:
+        raise Misuse('wants held-out answers that are safe and some that are not (the "safety" field)', "--calibrate")
+    return weight
 
 
-def pair_losses(scores_N2: Tensor, margins_N: Tensor, safe_N2: Tensor) -> tuple[Tensor, Tensor]:
-    """[N] the ranking loss and [N] the safety auxiliary loss of pairs, the latter over the answers with a label."""
-    from llama2cli.rlhf.preferences import ranking_loss, safety_loss
-
-    known = safe_N2 >= 0
-    auxiliary = safety_loss(scores_N2, safe_N2.clamp(min=0)) * known
-    return ranking_loss(scores_N2[:, 0], scores_N2[:, 1], margins_N), auxiliary.sum(1)
-
-
-def right_pairs(scores_N2: Tensor) -> Tensor:
-    """[N] 1 where the chosen answer has the higher score, a half where the two are equal."""
-    gap = scores_N2[:, 0] - scores_N2[:, 1]
-    return (gap > 0).float() + 0.5 * (gap == 0)
-
-
-# --- 3. what is measured ------------------------------------------------------------------------------------------
+# --- 2. what is measured ------------------------------------------------------------------------------------------
 
 
 def held_out(
     settings: Settings, rows: Rows, apart: Sequence[Part], safety_weight: float, loss: nn.Module, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Held-out metrics: the loss, and what `measure` makes of the scores."""
+    """Held-out metrics: the loss, and what `measure` makes of the scores. Raises Failure where one is not finite."""
     import numpy as np
     import torch
-
-    from llama2cli.measure import classifier, reward_model
-    from llama2cli.rlhf.preferences import SAFETY_LABELS, binary_loss
 
     chosen = [int(i) for part in apart for i in part.index]
     facts = [rows.store.facts[i] for i in chosen]
@@ -495,26 +434,50 @@ def held_out(
         raise Failure("held-out scores are not finite: stopped; the last checkpoint is good")
     labels = {name: torch.from_numpy(values[chosen]) for name, values in rows.labels.items()}
     if settings.objective == "binary":
-        result = classifier.evaluate(scores[:, 0], [f["label"] for f in facts], [f["source"] for f in facts])
-        nll = float(binary_loss(torch.from_numpy(scores[:, 0]), labels["labels"]).mean())
-        return {"heldout_loss": nll, "heldout_accuracy": result["accuracy"]["value"], "heldout": result}
-    ranking, auxiliary = pair_losses(torch.from_numpy(scores), labels["margins"], labels["safe"])
-    offset: dict[str, float] = {}
-    if settings.calibrate:
-        known = [(s, SAFETY_LABELS[f["safety"]]) for s, f in zip(scores, facts) if f.get("safety") in SAFETY_LABELS]
-        pairs = [(x, y) for s, safe in known for x, y in zip(s, safe)]
-        offset = {"score_offset": reward_model.calibrate_offset([x for x, _ in pairs], [bool(y) for _, y in pairs])}
+        found = measure_dialogues(torch.from_numpy(scores[:, 0]), labels, facts)
+    else:
+        found = measure_pairs(torch.from_numpy(scores), labels, facts, safety_weight, settings.calibrate)
+    return found | {"heldout_accuracy": found["heldout"]["accuracy"]["value"]}
+
+
+def measure_dialogues(
+    scores_N: Tensor, labels: Mapping[str, Tensor], facts: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Held-out figures of a classifier."""
+    from llama2cli.measure import classifier
+    from llama2cli.rlhf.preferences import binary_loss
+
+    result = classifier.evaluate(scores_N.tolist(), [f["label"] for f in facts], [f["source"] for f in facts])
+    return {"heldout_loss": float(binary_loss(scores_N, labels["labels"]).mean()), "heldout": result}
+
+
+def measure_pairs(
+    scores_N2: Tensor,
+    labels: Mapping[str, Tensor],
+    facts: Sequence[Mapping[str, Any]],
+    safety_weight: float,
+    calibrate: bool,
+) -> dict[str, Any]:
+    """Held-out figures of a reward model, and the origin of its scores where it is to be fitted."""
+    from llama2cli.measure import reward_model
+    from llama2cli.rlhf.objectives import pair_losses
+
+    ranking, auxiliary = pair_losses(scores_N2, labels["margins"], labels["safe"])
+    found: dict[str, Any] = {"heldout_loss": float((ranking + safety_weight * auxiliary).mean())}
+    if calibrate:
+        known = labels["safe"] >= 0
+        safe = [bool(y) for y in labels["safe"][known].tolist()]
+        found["score_offset"] = reward_model.calibrate_offset(scores_N2[known].tolist(), safe)
     result = reward_model.evaluate(
-        scores[:, 0],
-        scores[:, 1],
+        scores_N2[:, 0].tolist(),
+        scores_N2[:, 1].tolist(),
         ratings=[f.get("rating") for f in facts],
         safety=[f.get("safety") for f in facts],
         batches=[f.get("batch") for f in facts],
         sources=[f["source"] for f in facts],
-        offset=offset.get("score_offset", 0.0),
+        offset=found.get("score_offset", 0.0),
     )
-    total = float((ranking + safety_weight * auxiliary).mean())
-    return {"heldout_loss": total, "heldout_accuracy": result["accuracy"]["value"], **offset, "heldout": result}
+    return found | {"heldout": result}
 
 
 def offset_of(metrics: Mapping[str, Any], calibrate: bool) -> float:
@@ -528,10 +491,9 @@ def dry_run(job: Job) -> dict[str, Any]:
     """What the run would be and need; shown to a person too."""
     from llama2cli.training import session
 
-    rows, steps = job.rows, job.work.resolved["steps"]
+    rows = job.rows
     an_epoch = sum(len(rows.store.ids[int(i)]) * p.weight for p in rows.order.parts for i in p.index)
-    epochs = steps * job.work.resolved["batch_size"] / rows.order.count(0)
-    plan = session.plan_resources(job.work, tokens_at_once=rows.budget, tokens=round(epochs * an_epoch))
+    plan = session.plan_resources(job.work, tokens_at_once=rows.budget, tokens=round(job.epochs * an_epoch))
     data = [(p.name, f"{len(p.index):,}", f"{p.weight:.3g}", f"{p.amount:,}") for p in rows.order.parts]
     data += [(f"{p.name} (held out)", f"{len(p.index):,}", "", "") for p in job.heldout]
     console.table("data", ["source", job.what, "weight", "in an epoch"], data)

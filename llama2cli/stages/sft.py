@@ -9,14 +9,13 @@ Choices that the paper leaves open, beside those at the top of `training/example
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama2cli import console, provenance
+from llama2cli import console
 from llama2cli.errors import DataError
 from llama2cli.settings import Training, flag
 from llama2cli.text.chat import TEMPLATE
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from llama2cli.training.examples import Part
     from llama2cli.training.run import Run
     from llama2cli.training.session import Work
+    from llama2cli.training.tuning import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,71 +123,42 @@ class Job:
 
 def prepare(settings: Settings, world: World) -> Job:
     """Read and encode the dialogues, set apart what is held out, settle the length of the run. Reads no weights."""
-    from llama2cli.nn import budget, checkpoint
-    from llama2cli.text.folders import resolve_model
-    from llama2cli.text.tokenizer import Tokenizer
-    from llama2cli.training import dialogues, examples, session
-    from llama2cli.training.corpus import parse_heldout
+    from llama2cli.nn import budget
+    from llama2cli.training import dialogues, examples, session, tuning
     from llama2cli.training.objective import NextToken
-    from llama2cli.training.optim import warmup_steps
 
-    # the model
-    init = resolve_model(settings.init)
-    tokenizer = Tokenizer.load(init)
-    own = checkpoint.load_config(init)
-    checkpoint.check_tokenizer(own, tokenizer, settings.init)
-    context = settings.context or own.max_position_embeddings
-    config = dataclasses.replace(own, max_position_embeddings=max(own.max_position_embeddings, context))
+    start = tuning.start_from(settings.init, settings.context)
 
     # the data
     named = examples.parse_sources([*settings.files, *settings.data], world.size)
-    held = parse_heldout(settings.heldout)
-    store = dialogues.Dialogues()
-    parts, report = read(settings, named, store, tokenizer, context)
-    apart: list[Part] = []
-    notes = []
-    if isinstance(held, float):
-        parts, apart = examples.split_all(parts, store.groups, held)
-    elif held:
-        apart, unread = read(settings, held, store, tokenizer, context)
-        report.add(unread)
-        parts, left_out = examples.without(parts, store.groups, apart)
-        if left_out:
-            notes.append(f"{left_out:,} dialogues are not trained on: --heldout has their prompts")
-    examples.check_some(parts, "dialogue")
-    order = examples.Order(parts, settings.seed)
-    rows = dialogues.Rows(store, order, context, settings.packing, session.tokens_at_once(settings, world), world)
+    store, report = dialogues.Dialogues(), dialogues.Report()
+
+    def read_more(sources: Sequence[Named]) -> list[Part]:
+        return read(settings, sources, store, report, start)
+
+    split = tuning.set_apart(settings.heldout, read_more(named), store.groups, read_more, "dialogues")
+    examples.check_some(split.parts, "dialogue")
+    order = examples.Order(split.parts, settings.seed)
+    budgeted = session.tokens_at_once(settings, world)
+    rows = dialogues.Rows(store, order, start.context, settings.packing, budgeted, world)
 
     # the length of the run
-    an_epoch = rows.count(0)
-    total = None if settings.steps else examples.length(rows.count, settings.epochs or EPOCHS)
-    steps = settings.steps or -(-(total or 0) // settings.batch_size)
-    epochs = (total or steps * settings.batch_size) / an_epoch
-    if epochs > steps:
-        notes.append(f"one step reads the data {epochs / steps:,.1f} times; a smaller --batch-size?")
-    if config != own:
-        notes.append(f"the context of {settings.init} is extended to {config.max_position_embeddings:,} positions")
-    each_epoch = max(1, an_epoch // settings.batch_size)
+    length = tuning.length_of(settings, rows.count, settings.batch_size, settings.epochs or EPOCHS)
     resolved = {
-        **session.resolve(
-            settings,
-            world,
-            context=context,
-            steps=steps,
-            lr=settings.lr,
-            warmup=warmup_steps(steps, settings.warmup, tuning=True),
-            eval_every=max(1, each_epoch // 4),
-        ),
-        "batch_size": settings.batch_size,
-        "micro_tokens": rows.budget,
         "packing": settings.packing,
         "long": settings.long,
         "tags": settings.tags,
-        "data": [examples.described(p) | {"sha256": store.digest(p.index)} for p in parts],
-        "heldout": [examples.described(p) | {"sha256": store.digest(p.index)} for p in apart],
-        "tokenizer": tokenizer.sha256,
-        "init": provenance.fingerprint(init),
-        "model": dataclasses.asdict(config),
+        **tuning.resolve(
+            settings,
+            world,
+            start,
+            split,
+            length,
+            lr=settings.lr,
+            batch_size=settings.batch_size,
+            digest=lambda part: store.digest(part.index),
+            eval_every=length.eval_every,
+        ),
     }
 
     # what the loop is given
@@ -196,48 +167,46 @@ def prepare(settings: Settings, world: World) -> Job:
         return {"epochs": examples.progress(rows.count, position), "seen": position["seen"], **first}
 
     def evaluate(loss: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-        return dialogues.measure(loss, rows, apart, dtype)
+        return dialogues.measure(loss, rows, split.heldout, dtype)
 
-    size = f"{budget.n_params(config):,} parameters, context {context:,}"
+    size = f"{budget.n_params(start.config):,} parameters, context {start.context:,}"
     work = session.Work(
         stage="sft",
         settings=settings,
         world=world,
         resolved=resolved,
-        config=config,
-        tokenizer=tokenizer,
-        init=init,
-        inputs=[n.path for n in [*named, *([] if isinstance(held, float) else held)]] + [str(init)],
-        notes=notes,
-        mean_length=context if settings.packing == "concat" else len(store.ids.values) // max(1, len(store)),
+        config=start.config,
+        tokenizer=start.tokenizer,
+        init=start.folder,
+        inputs=[*(n.path for n in named), *split.paths, str(start.folder)],
+        notes=[*split.notes, *length.notes, *start.notes],
+        mean_length=start.context if settings.packing == "concat" else len(store.ids.values) // len(store),
         objective=NextToken,
-        batches=lambda at: rows.batches(settings.batch_size, total, at),
+        batches=lambda at: rows.batches(settings.batch_size, length.total, at),
         measure=measure,
-        evaluate=evaluate if apart else None,
+        evaluate=evaluate if split.heldout else None,
         describe=lambda metrics: f"A Llama of {size}, fine-tuned on dialogues ({metrics['epochs']:.2f} epochs).",
         told=("step", "loss", "heldout_loss", "epochs"),
         saved=lambda metrics: {"chat_template": TEMPLATE},
     )
-    return Job(rows, apart, report, epochs, work)
+    return Job(rows, split.heldout, report, length.epochs, work)
 
 
-def read(
-    settings: Settings, named: Sequence[Named], store: Dialogues, tokenizer: Tokenizer, context: int
-) -> tuple[list[Part], Report]:
-    """Read files into the store: a part for each, and what became of their dialogues."""
+def read(settings: Settings, named: Sequence[Named], store: Dialogues, report: Report, start: Start) -> list[Part]:
+    """Read files into the store: a part for each; what became of their dialogues is added to the report."""
     from llama2cli.text.formats import read_dialogues
     from llama2cli.training import dialogues, examples
 
-    parts, total = [], dialogues.Report()
+    parts = []
     for source in named:
-        before = len(store)
+        before, context = len(store), start.context
         records = read_dialogues([source.path], format=settings.format)
-        report = dialogues.add(store, tokenizer, records, context=context, tags=settings.tags, long=settings.long)
+        found = dialogues.add(store, start.tokenizer, records, context=context, tags=settings.tags, long=settings.long)
         if len(store) == before:
-            raise DataError(f"holds no dialogue to train on{report.why_none(context)}", source.path)
+            raise DataError(f"holds no dialogue to train on{found.why_none(context)}", source.path)
         parts.append(examples.part(source, before, len(store)))
-        total.add(report)
-    return parts, total
+        report.add(found)
+    return parts
 
 
 # --- 2. before it trains ------------------------------------------------------------------------------------------

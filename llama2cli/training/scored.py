@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from llama2cli.nn.packing import Piece
 from llama2cli.training import dist
 from llama2cli.training.data import Batch, Position
 from llama2cli.training.dist import World
-from llama2cli.training.examples import Order, Ragged, walk
+from llama2cli.training.examples import Order, Part, Ragged, walk
 from llama2cli.training.fit import autocast, moved
 
 Long = Literal["drop", "cut"]
@@ -175,6 +176,16 @@ class Rows:
             which = [chosen[j] for j in here]
             out.append((args | {k: torch.from_numpy(v[which]) for k, v in self.labels.items()}, here))
         return out, sum(lengths)
+
+    def digest(self, part: Part) -> str:
+        """A hash of the ids and labels of a part."""
+        told = sha256()
+        for i in part.index:
+            shape = [len(self.store.ids[i]), self.store.trunks[i], self.store.firsts[i] + 1]
+            told.update(b"".join(n.to_bytes(8) for n in shape) + self.store.ids[i].tobytes())
+        for name, values in self.labels.items():
+            told.update(name.encode() + values[part.index].tobytes())
+        return told.hexdigest()
 
     @torch.no_grad()
     def scores(self, loss: nn.Module, chosen: Sequence[int], dtype: torch.dtype) -> np.ndarray:

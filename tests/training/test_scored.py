@@ -19,7 +19,7 @@ from llama2cli.nn import cpu, ops
 from llama2cli.nn.checkpoint import state_to_hf
 from llama2cli.nn.config import ModelConfig
 from llama2cli.nn.model import Llama
-from llama2cli.stages import rm_train
+from llama2cli.rlhf import objectives
 from llama2cli.training.dist import World
 from llama2cli.training.examples import Order, Part
 from llama2cli.training.scored import Examples, Report, Rows, Scored
@@ -121,7 +121,7 @@ def rows_of(store: Examples, *, share: bool, budget: int = 200, rank: int = 0, r
 
 def summed(model: Llama, rows: Rows, chosen: Sequence[int]) -> Tensor:
     """The sums of the loss over a rank's micro-batches; its gradients are added up."""
-    loss = Scored(model, rm_train.reducer("ranking", SAFETY_WEIGHT))
+    loss = Scored(model, objectives.reducer("ranking", SAFETY_WEIGHT))
     parts = []
     for args, _ in rows.micro(chosen)[0]:
         part = loss(**args)
@@ -246,7 +246,7 @@ def test_single_dialogues() -> None:
     order = Order([Part("all", np.arange(len(dialogues)))], seed=0)
     store = stored([[d] for d in dialogues])
     rows = Rows(store, {"labels": labels}, order, CONTEXT, 150, True, World(0, 1, CPU))
-    loss = Scored(ours, rm_train.reducer("binary", 0.0))
+    loss = Scored(ours, objectives.reducer("binary", 0.0))
     total = torch.zeros(2)
     for args, _ in rows.micro(range(len(dialogues)))[0]:
         assert "branches_BT" not in args
