@@ -179,7 +179,7 @@ def clocked(trainer: type, count: Callable[[dict[str, Any]], dict[str, int]], ta
             now = time.perf_counter()
             rows[-1]["seconds"], self.at = now - self.at, now
             times = [row["seconds"] for row in rows[SKIPPED["TRL"] :]]
-            if len(times) >= 4 and sum(times) >= task["seconds"]:
+            if len(times) >= 3 and sum(times) >= task["seconds"]:
                 control.should_training_stop = True
 
     loop = Counted(callbacks=[Clock()], optimizers=optimizer_of(arguments["model"], task), **arguments)
