@@ -119,10 +119,17 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
+            from rich.table import Column
 
-            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}")]
-            columns += [TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
-            self.live = RichProgress(*columns, console=Console(stderr=True), transient=True)
+            def fixed() -> Column:
+                return Column(no_wrap=True)
+
+            # A narrow terminal cuts the note, and nothing else.
+            rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            columns = [TextColumn("{task.description}", table_column=fixed()), BarColumn(20, table_column=fixed())]
+            columns += [TextColumn("{task.fields[count]}", table_column=fixed())]
+            columns += [TimeRemainingColumn(table_column=fixed()), TextColumn("{task.fields[note]}", table_column=rest)]
+            self.live = RichProgress(*columns, console=Console(stderr=True), transient=True, expand=True)
             self.task = self.live.add_task(self.what, total=self.total, count="", note="")
             self.live.start()
         return self
