@@ -97,18 +97,15 @@ class Report:
         rows.append(("all", sum(n for _, n, _ in rows), self.trained))
         told = [(name, f"{n:,}", f"{t:,}", f"{t / max(1, n):.0%}") for name, n, t in rows]
         console.table(f"masks of {self.dialogues:,} dialogues", ["role", "tokens", "trained", "share"], told)
-        lost = (
-            f"answers were cut at the context ({self.cut_tokens:,} tokens lost); --long drop leaves such dialogues out"
-        )
-        for n, text in (
-            (self.cut_answers, lost),
-            (self.long, "dialogues were left out: longer than the context"),
-            (self.untrained, "dialogues were left out: no answer in them is trained"),
-            (self.tags, "tags of the chat format in contents were escaped (--tags)"),
-            (self.empty, "empty answers are trained as such (llama2 eval dialogues --annotate finds them)"),
+        for n, what, more in (
+            (self.cut_answers, "answers cut at the context", f" ({self.cut_tokens:,} tokens lost; see --long)"),
+            (self.long, "dialogues left out, longer than the context", ""),
+            (self.untrained, "dialogues left out, no answer that is trained within the context", ""),
+            (self.tags, "tags of the chat format escaped in contents", " (--tags)"),
+            (self.empty, "empty answers, trained as such", " (llama2 eval dialogues --annotate finds them)"),
         ):
             if n:
-                console.warn(f"{n:,} {text}")
+                console.warn(f"{what}: {n:,}{more}")
 
 
 @dataclass(frozen=True, eq=False)

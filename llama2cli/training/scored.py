@@ -54,14 +54,14 @@ class Report:
         """Tell a person. what: "comparisons" or "dialogues"."""
         saved = f", {self.shared / max(1, self.tokens):.0%} of them in common prompts that are read once"
         console.say(f"{self.examples:,} {what}, {self.tokens:,} tokens{saved if self.shared else ''}")
-        for n, text in (
-            (self.long, f"{what} were left out: longer than the context (--long cut keeps their beginnings)"),
-            (self.cut, "answers were cut at the context, and are read at their last token that is left"),
-            (self.same, f"{what} were left out: the two answers are the same within the context"),
-            (self.tags, "tags of the chat format in contents were escaped (--tags)"),
+        for n, found, more in (
+            (self.long, f"{what} left out, longer than the context", " (--long cut keeps their beginnings)"),
+            (self.cut, "answers cut at the context", ", read at their last token that is left"),
+            (self.same, f"{what} left out, the two answers are the same within the context", ""),
+            (self.tags, "tags of the chat format escaped in contents", " (--tags)"),
         ):
             if n:
-                console.warn(f"{n:,} {text}")
+                console.warn(f"{found}: {n:,}{more}")
 
 
 @dataclass(frozen=True, eq=False)

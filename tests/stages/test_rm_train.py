@@ -555,8 +555,8 @@ def test_pairs_that_teach_nothing_are_counted(server: harness.Server, kit: Path,
     err = (tmp_path / "log.err").read_text()
     assert "left out 2: the chosen answer is unsafe, the other is safe" in err
     assert "left out 1: the two answers are the same" in err
-    assert "3 comparisons were left out: longer than the context" in err
-    assert "4 tags of the chat format in contents were escaped" in err  # in each of the two dialogues
+    assert "comparisons left out, longer than the context: 3" in err
+    assert "tags of the chat format escaped in contents: 4" in err  # in each of the two dialogues
     assert "14 comparisons, " in err
     assert [p["examples"] for p in resolved(run)["data"]] == [14]
 
@@ -571,8 +571,8 @@ def test_long_pairs_are_cut(server: harness.Server, kit: Path, tmp_path: Path) -
     line = f"--init {kit}/lm {{pairs}} --context 80 --long cut --batch-size 3 --steps 1 --margin none --seed 7"
     run = train(server, tmp_path, line, pairs=records)
     err = (tmp_path / "log.err").read_text()
-    assert "4 answers were cut at the context" in err
-    assert "1 comparisons were left out: the two answers are the same within the context" in err
+    assert "answers cut at the context: 4" in err
+    assert "comparisons left out, the two answers are the same within the context: 1" in err
     both = [encoded(kit, r["prompt"] + r[w])[:80] for r in records[:3] for w in ("chosen", "rejected")]
     assert sum(len(s) == 80 for s in both) == 2
     with torch.no_grad():

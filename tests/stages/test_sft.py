@@ -217,7 +217,7 @@ def test_the_mask_report(
     assert cli.invoke([*loud, "-o", str(tmp_path / "x"), "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["masks"] == first and not (tmp_path / "x").exists()
-    assert "masks of 50 dialogues" in err and f"answers were cut at the context ({sum(lost)} tokens lost)" in err
+    assert "masks of 50 dialogues" in err and f" ({sum(lost)} tokens lost; see --long)" in err
     assert f"{trained:,}" in next(line for line in err.splitlines() if line.startswith("assistant"))
 
 

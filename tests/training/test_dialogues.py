@@ -204,16 +204,16 @@ def test_the_report_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     report.show()
     told = capsys.readouterr().err
     assert "masks of 3 dialogues" in told
-    assert "1 answers were cut at the context (20 tokens lost); --long drop leaves such dialogues out" in told
-    assert "1 dialogues were left out: no answer in them is trained" in told
-    assert "2 tags of the chat format in contents were escaped (--tags)" in told
-    assert "1 empty answers are trained as such" in told
+    assert "answers cut at the context: 1 (20 tokens lost; see --long)" in told
+    assert "dialogues left out, no answer that is trained within the context: 1" in told
+    assert "tags of the chat format escaped in contents: 2 (--tags)" in told
+    assert "empty answers, trained as such: 1" in told
     line = next(x for x in told.splitlines() if "assistant" in x).split()
     assert [w for w in line if w[0].isdigit()] == ["22", "16", "73%"]  # 5, 4 + 6 (untrained) + 4 of 6, 3
 
     _, dropped = stored([SINGLE, MULTI], 70, "drop")
     dropped.show()
-    assert "1 dialogues were left out: longer than the context" in capsys.readouterr().err
+    assert "dialogues left out, longer than the context: 1" in capsys.readouterr().err
     stored([SINGLE])[1].show()
     assert "warning" not in capsys.readouterr().err
 
