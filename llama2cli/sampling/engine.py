@@ -31,6 +31,7 @@ from llama2cli.text.tokenizer import Tokenizer
 CACHE_BYTES = 4 << 30  # of keys and values; more rows than fit are not decoded together
 STEM_SHARE = 1 / 8  # as many bytes again, as a share of these, for common beginnings of prompts
 PREFILL_TOKENS = 8192  # of padded prompts in one forward pass
+SCORES_BYTES = 1 << 30  # of attention scores in the pass behind a stem: with its mask some kernels hold them whole
 REFILL = 8  # waiting prompts enter when this part of the rows is free: a forward pass for one is not worth it
 
 
@@ -257,15 +258,19 @@ class Batch:
         model, hidden, at = self.engine.model, [], start
         for number, several in groupby(new, key=lambda i: self.stem_of.get(self.equal[i], -1)):
             prompts = [self.prompts[i] for i in several]
-            rows = slice(at, at := at + len(prompts))
-            known = 0
+            known, together = 0, len(prompts)
             if number >= 0:
-                self.trunk(number).copy_to(self.cache, rows)
-                known = self.stems[number].length
+                self.trunk(number).copy_to(self.cache, slice(at, at + len(prompts)))
+                known, longest = self.stems[number].length, max(map(len, prompts))
+                scores = 4 * model.config.num_attention_heads * (longest - known) * longest
+                together = max(1, SCORES_BYTES // scores)
                 self.waiting[number] -= len(prompts)
                 if not self.waiting[number]:
                     del self.trunks[number]
-            hidden.append(self.forward(self.cache, rows, prompts, known))
+            for begin in range(0, len(prompts), together):
+                part = prompts[begin : begin + together]
+                rows = slice(at, at := at + len(part))
+                hidden.append(self.forward(self.cache, rows, part, known))
         return model.logits(torch.cat(hidden)).float()
 
     def forward(self, cache: KVCache, rows: slice, prompts: Sequence[Sequence[int]], known: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 The uniform numbers of an answer are a function of (seed, prompt, sample index) alone, and each token takes one. So an
 answer does not depend on what else is in the batch, except through rounding: logits of one row differ by about 1e-6
-between batch sizes (fp32), which changes a greedy token only at a near-tie (a gap below 1e-4 between the two best),
-and a drawn one only where the uniform number falls within that rounding of the border between two tokens.
+between batch sizes, and between a prompt that was run whole and one that went on from a shared beginning (fp32). That
+changes a greedy token only at a near-tie (a gap below 1e-4 between the two best), and a drawn one only where the
+uniform number falls within that rounding of the border between two tokens.
 
 Letters of shapes: N rows, V vocabulary.
 """

@@ -231,7 +231,8 @@ def test_a_common_beginning_is_computed_once(monkeypatch):
     alone = [Engine(model, Ends(), rows=1).generate([p], [s])[0] for p, s in zip(asked, params)]
     trunks: list[int] = []
     admit = Batch.admit
-    for rows in (3, 64):
+    for rows, scores in ((3, 1 << 30), (64, 1 << 30), (64, 1)):
+        monkeypatch.setattr(engine_module, "SCORES_BYTES", scores)
         shapes = fed(monkeypatch, model)
         trunks.clear()
         monkeypatch.setattr(Batch, "admit", lambda self, free: (admit(self, free), trunks.append(len(self.trunks)))[0])
@@ -239,6 +240,7 @@ def test_a_common_beginning_is_computed_once(monkeypatch):
         assert [r.ids for r in results] == [r.ids for r in alone]
         assert [shapes.count((1, n)) for n in (45, 46)] == [1, 1], "each of the two beginnings once"
         assert max(t for shape in shapes if (t := shape[1]) not in (45, 46)) <= 40, "and nothing else is that long"
+        assert max(n for n, t in shapes if t < 13) == (1 if scores == 1 else min(rows, 25))
         assert max(trunks) <= 2 and trunks[-1] == 0, "what nobody waits for any more is let go"
         for prompt, result in zip(asked, results):
             with torch.no_grad():
