@@ -92,12 +92,25 @@ class Voice:
     top_p: float = 1.0
 
 
-def policy_name(path: str) -> str:
-    """The model's name for records: as given; of an absolute path the last part, of a step folder the last two."""
+def policy_name(path: str, parts: int = 1) -> str:
+    """The model's name for records: as given; of an absolute path the last part, of a step folder the last two.
+
+    parts: 2 and more add folders above it.
+    """
     given = Path(path)
     if not given.is_absolute():
         return given.as_posix()
-    return "/".join(given.parts[-2 if given.name.startswith("step-") else -1 :])
+    return "/".join(given.parts[1:][-(parts + given.name.startswith("step-")) :])
+
+
+def policy_names(first: str, second: str) -> tuple[str, str]:
+    """The names of two models: of absolute paths as many last parts as tell the two apart."""
+    parts = 1
+    while True:
+        names = (policy_name(first, parts), policy_name(second, parts))
+        if names[0] != names[1] or parts > max(len(Path(path).parts) for path in (first, second)):
+            return names
+        parts += 1
 
 
 def with_system(record: Record, system: str | None) -> Record:

@@ -38,9 +38,9 @@ class Settings(Filter, Sampled):
     {"text": ...} is continued and gets "completion"; with --text each line is a user's message and becomes a dialogue.
     Other fields pass through, the order is that of the input. Answers that were cut have "truncated": true.
 
-    With -k each prompt gives K Samples, ready for score. With --pair MODEL, --pair-temperature, or both it gives a
-    Pair of two answers that wait for a judgement, in random order: the second model and the second temperature are
-    those of --pair; what is not given is as for the first (Llama 2, section 3.2.1).
+    With -k each prompt gives K Samples, ready for score. With --pair or --pair-temperature, or both, it gives a Pair of
+    two answers that wait for a judgement, in random order: one of --model, the other of that second model, or drawn at
+    that second temperature (Llama 2, section 3.2.1).
 
     Example:
       echo "What is a llama?" | llama2 generate --text --model run --max-new-tokens 100 --seed 1 -o answers.jsonl
@@ -151,17 +151,17 @@ def drawn_how(sampling: Sampling) -> str:
 def load_voices(settings: Settings, first: Sampling, second: Sampling) -> list[Voice]:
     """Who answers: the model, and for pairs the second one, which is loaded once where it is the same."""
     from llama2cli.sampling.load import load_engine
-    from llama2cli.sampling.samples import Voice, policy_name
+    from llama2cli.sampling.samples import Voice, policy_name, policy_names
 
     options: dict[str, Any] = dict(device=settings.device, dtype=settings.dtype, rows=settings.batch_size)
     loaded = load_engine(settings.model, **options)
-    voices = [Voice(*loaded, policy_name(settings.model), *first)]
-    if settings.pairs:
-        if not one_model(settings):
-            assert settings.pair is not None
-            loaded = load_engine(settings.pair, **options)
-        voices.append(Voice(*loaded, policy_name(settings.pair or settings.model), *second))
-    return voices
+    if not settings.pairs:
+        return [Voice(*loaded, policy_name(settings.model), *first)]
+    if settings.pair is None or one_model(settings):
+        name = policy_name(settings.model)
+        return [Voice(*loaded, name, *first), Voice(*loaded, name, *second)]
+    names = policy_names(settings.model, settings.pair)
+    return [Voice(*loaded, names[0], *first), Voice(*load_engine(settings.pair, **options), names[1], *second)]
 
 
 def read_requests(settings: Settings) -> Iterator[tuple[Place, Record]]:

@@ -10,7 +10,15 @@ import sentencepiece
 
 from llama2cli.errors import DataError
 from llama2cli.sampling.engine import Result
-from llama2cli.sampling.samples import Tally, Voice, pair_records, policy_name, sample_records, with_system
+from llama2cli.sampling.samples import (
+    Tally,
+    Voice,
+    pair_records,
+    policy_name,
+    policy_names,
+    sample_records,
+    with_system,
+)
 from llama2cli.text.records import prompt_id, validate
 from llama2cli.text.streams import Place
 from llama2cli.text.tokenizer import Tokenizer
@@ -225,3 +233,18 @@ def test_answers_that_were_cut_are_marked(tokenizer):
 )
 def test_the_name_of_a_policy_is_as_given_but_not_absolute(given, name):
     assert policy_name(given) == name and not Path(policy_name(given)).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("new", "old", ("new", "old")),
+        ("/a/run", "/b/run", ("a/run", "b/run")),
+        ("/x/a/run/step-000500", "/x/b/run/step-000500", ("a/run/step-000500", "b/run/step-000500")),
+        ("/a/run/step-000400", "/a/run/step-000500", ("run/step-000400", "run/step-000500")),
+        ("run", "/b/run", ("run", "b/run")),
+        ("/run", "/run", ("run", "run")),
+    ],
+)
+def test_two_models_have_two_names(first, second, names):
+    assert policy_names(first, second) == names
