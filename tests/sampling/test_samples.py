@@ -76,9 +76,9 @@ HOW = dict(temperature=0.7, top_p=0.8, seed=11, max_new_tokens=LIMIT, policy="ru
 
 
 def test_k_samples_of_each_prompt_in_order(tokenizer):
-    engine, asked, ticked = Said(tokenizer), prompts("the fox", "the", "the fox"), []
+    engine, asked, ticked = Said(tokenizer), prompts("the fox", "the", "the fox", "the fox says 12"), []
     found = list(sample_records(asked, engine, tokenizer, k=3, **HOW, tick=ticked.append))
-    assert [len(samples) for samples in found] == [3, 3, 3] and len(ticked) == 9
+    assert [len(samples) for samples in found] == [3] * 4 and len(ticked) == 12
     for (_, prompt), samples in zip(asked, found):
         ids = [1, *tokenizer.encode(f"[INST] {prompt['messages'][0]['content']} [/INST]")]
         for i, sample in enumerate(samples):
@@ -93,7 +93,7 @@ def test_k_samples_of_each_prompt_in_order(tokenizer):
             }
     [(sent, params)] = engine.calls
     assert sent[0] == sent[1] == sent[2] == sent[6] != sent[3]
-    assert [p.index for p in params] == [0, 1, 2] * 3
+    assert [p.index for p in params] == [0, 1, 2] * 4
     assert {(p.seed, p.temperature, p.top_p, p.max_new_tokens) for p in params} == {(11, 0.7, 0.8, LIMIT)}
     assert found[0] == found[2], "a prompt that comes twice has the same samples"
     more = next(sample_records(asked, Said(tokenizer), tokenizer, k=2, first=3, **HOW))
