@@ -275,7 +275,7 @@ def machine(args: argparse.Namespace) -> str:
 def report(args: argparse.Namespace, title: str, notes: str, tables: Sequence[str]) -> None:
     """The page, on stderr and in the file that was asked for."""
     called = shlex.join(["python", f"tests/bench/{Path(sys.argv[0]).name}", *without_paths(sys.argv[1:])])
-    page = "\n".join([f"# {title}", "", f"    {called}", "", notes, "", *tables, ""])
+    page = "\n".join([f"# {title}", "", f"    {called}", "", notes, *tables, ""])
     print(page, file=sys.stderr)
     if args.out:
         Path(args.out).write_text(page)
