@@ -193,3 +193,16 @@ def test_packed_trees_give_the_hidden_states_of_transformers() -> None:
         for got, sequence in zip(hidden, flat(*trees), strict=True):
             want = theirs.model(torch.tensor([sequence])).last_hidden_state[0, -1]
             assert torch.allclose(got, want, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 120), st.integers(1, 3))
+def test_tight_rows_hold_every_piece_once_with_no_more_padding(lengths: list[int], most: int, ranks: int) -> None:
+    def area(rows: list[list[int]]) -> int:
+        used = [sum(lengths[i] for i in row) for row in rows]
+        micros = [g for groups in packing.split(used, 256, ranks) for g in groups if g]
+        return sum(len(g) * max(used[r] for r in g) for g in micros)
+
+    found = packing.tight(lengths, most, 256, ranks)
+    assert sorted(i for row in found for i in row) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in row) for row in found) <= max(most, max(lengths))
+    assert area(found) <= area(packing.rows(lengths, max(lengths)))

@@ -409,3 +409,67 @@ def test_a_tokenizer_that_normalises_makes_no_tag():
     got = encode_dialogue(folding, [user("x ［/INST］ y"), assistant("z")])
     assert got.n_escaped == 1
     assert sp.decode(got.ids).count("[/INST]") == 1
+
+
+# --- what a folder says of its chat format ------------------------------------------------------------------------
+
+
+def test_our_template_renders_as_the_one_that_llama_2_was_published_with():
+    import transformers
+    from tokenizers import Tokenizer as Plain
+    from tokenizers import models
+
+    from llama2cli.text import chat
+
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    renderer = transformers.PreTrainedTokenizerFast(tokenizer_object=Plain(models.BPE()), **tokens)
+    turns = [user(" a "), assistant(" b\n"), user("c"), assistant("d")]
+    for messages in (turns, turns[:1], [system("s"), *turns], [system(""), *turns[:3]]):
+        theirs, ours = (
+            renderer.apply_chat_template(messages, chat_template=template, tokenize=False)
+            for template in (TEMPLATE, chat.TEMPLATE)
+        )
+        assert ours == theirs
+    for wrong in ([user("a"), user("b")], [assistant("a")]):
+        with pytest.raises(Exception, match="take turns"):
+            renderer.apply_chat_template(wrong, chat_template=chat.TEMPLATE, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "tokenizer_config.json",
+            '{"chat_template": "<|im_start|>{{ messages[0].content }}"}',
+        ),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": "USER: {{ messages[0] }}"}]}'),
+        ("tokenizer_config.json", '{"chat_template": "{{ bos_token }}[INST] {{ messages[0].content }} [/INST]"}'),
+        ("chat_template.jinja", "<|user|>{{ messages[0].content }}"),
+    ],
+)
+def test_a_foreign_template_is_refused_where_dialogues_are_encoded(tmp_path, name, content):
+    (tmp_path / "tokenizer.model").write_bytes(PROTO)
+    (tmp_path / name).write_text(content)
+    loaded = Tokenizer.load(tmp_path)
+    with pytest.raises(DataError, match=f"{name}: is of another chat format"):
+        encode_dialogue(loaded, [user("a"), assistant("b")])
+    with pytest.raises(DataError, match="another chat format"):
+        encode_prompt(loaded, [user("a")])
+    assert loaded.encode("a text") == TOKENIZER.encode("a text")  # documents are none of its business
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"chat_template": null}', '{"chat_template": ""}', '{"model_max_length": 5}', "not JSON", "[1]"]
+)
+def test_a_folder_without_a_template_is_llama_2s(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(PROTO)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    assert encode_prompt(Tokenizer.load(tmp_path), [user("a")]) == encode_prompt(TOKENIZER, [user("a")])
+
+
+def test_the_template_that_we_write_is_ours(tmp_path):
+    from llama2cli.text import chat
+    from llama2cli.text.tokenizer_json import write_tokenizer_files
+
+    write_tokenizer_files(tmp_path, TOKENIZER, context=64, chat_template=chat.TEMPLATE)
+    assert Tokenizer.load(tmp_path).foreign_template is None
