@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from llama2cli.text.streams import Place, open_output, read_records, read_texts,
 if TYPE_CHECKING:
     from llama2cli.sampling.engine import Result
     from llama2cli.sampling.load import Sampling
-    from llama2cli.sampling.samples import Tally, Voice
+    from llama2cli.sampling.remote import RemoteEngine
+    from llama2cli.sampling.samples import AnyEngine, Tally, Voice
     from llama2cli.text.tokenizer import Tokenizer
 
 Window = Sequence[tuple[Place, Record]]
@@ -54,6 +56,14 @@ class Settings(Filter, Sampled):
     pair_temperature: float | None = flag(
         default=None, help="temperature of the second answer of Pair records (default: that of the first)", low=0
     )
+    endpoint: str | None = flag(
+        default=None,
+        metavar="URL",
+        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp); --model is the name that it serves",
+    )
+    tokenizer: str | None = flag(
+        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
+    )
     skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill the context; else an error")
     batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
 
@@ -68,14 +78,13 @@ def run(settings: Settings) -> None:
     # 1. what is asked: the first record is read, and the output opened, before a model is loaded
     check(settings)
     requests = some(read_requests(settings), settings.files)
-    from llama2cli.sampling.load import settle_sampling
     from llama2cli.sampling.samples import Tally
 
-    sampling = settle_sampling(settings.model, settings.temperature, settings.top_p)
+    sampling = first_sampling(settings)
     second = second_sampling(settings, sampling)
     if sampling.temperature == 0 and settings.samples not in (None, 1):
         raise Misuse(f"greedy answers are all the same: {settings.samples} samples want a --temperature", "--samples")
-    models = [settings.model, *([settings.pair] if settings.pair is not None else [])]
+    models = [path for path in (settings.tokenizer if settings.endpoint else settings.model, settings.pair) if path]
     if settings.provenance:
         provenance.write(settings.provenance, settings, [*settings.files, *models])
     with open_output(settings, sampling, second, paths=models) as out:
@@ -83,13 +92,16 @@ def run(settings: Settings) -> None:
         voices = load_voices(settings, sampling, second)
         tally, done = Tally(), out.skip
         # 3. the answers
-        with console.Progress("generate", unit="answers") as progress:
+        remote = server_of(voices)
+        with console.Progress("generate", unit="answers") as progress, remote or nullcontext():
             tick = advance(progress)
             for window in windows(out.rest(requests), settings.window):
                 for record in answer(window, voices, settings, tally, tick):
                     out.write(record)
                 done += len(window)
                 out.commit(done)
+    if remote is not None:
+        remote.forget()  # the output is complete: the server's answers need not be kept beside it
     how = drawn_how(sampling)
     if settings.pairs:
         how += f" and {drawn_how(second)}"
@@ -112,8 +124,22 @@ def check(settings: Settings) -> None:
     """Raise Misuse for flags that do not go together."""
     if settings.system is not None and settings.tags == "refuse" and (found := TAGS.search(settings.system)):
         raise Misuse(f'holds "{found[0]}", a tag of the chat format (--tags escape admits it)', "--system")
+    if (settings.endpoint is None) != (settings.tokenizer is None):
+        raise Misuse("--endpoint and --tokenizer go together: prompts are sent as token ids", "--endpoint")
+    if settings.endpoint is not None and settings.pair is not None:
+        raise Misuse("the two answers of a pair come from models here, or from one of a server", "--pair")
     if settings.pairs and settings.samples is not None:
         raise Misuse("a prompt gives either samples or a pair: take --samples off, or --pair", "--samples")
+
+
+def first_sampling(settings: Settings) -> Sampling:
+    """How answers are drawn, as the flags or else the model's folder say; a server has no folder that could be read."""
+    from llama2cli.sampling.load import settle_sampling
+    from llama2cli.sampling.remote import settle_remote_sampling
+
+    if settings.endpoint is not None:
+        return settle_remote_sampling(settings.temperature, settings.top_p)
+    return settle_sampling(settings.model, settings.temperature, settings.top_p)
 
 
 def second_sampling(settings: Settings, first: Sampling) -> Sampling:
@@ -151,17 +177,33 @@ def drawn_how(sampling: Sampling) -> str:
 def load_voices(settings: Settings, first: Sampling, second: Sampling) -> list[Voice]:
     """Who answers: the model, and for pairs the second one, which is loaded once where it is the same."""
     from llama2cli.sampling.load import load_engine
+    from llama2cli.sampling.remote import connect, journal_beside
     from llama2cli.sampling.samples import Voice, policy_name, policy_names
 
     options: dict[str, Any] = dict(device=settings.device, dtype=settings.dtype, rows=settings.batch_size)
-    loaded = load_engine(settings.model, **options)
+    engine: AnyEngine
+    if settings.endpoint is not None:
+        kept, name, at_once = journal_beside(settings.out), settings.model, settings.batch_size
+        engine, tokenizer = connect(
+            settings.endpoint, settings.tokenizer or "", model=name, journal=kept, concurrency=at_once
+        )
+    else:
+        (engine, tokenizer), name = load_engine(settings.model, **options), policy_name(settings.model)
+    voice = Voice(engine, tokenizer, name, *first)
     if not settings.pairs:
-        return [Voice(*loaded, policy_name(settings.model), *first)]
+        return [voice]
     if settings.pair is None or one_model(settings):
-        name = policy_name(settings.model)
-        return [Voice(*loaded, name, *first), Voice(*loaded, name, *second)]
+        return [voice, Voice(engine, tokenizer, name, *second)]
     names = policy_names(settings.model, settings.pair)
-    return [Voice(*loaded, names[0], *first), Voice(*load_engine(settings.pair, **options), names[1], *second)]
+    other, its_tokenizer = load_engine(settings.pair, **options)
+    return [Voice(engine, tokenizer, names[0], *first), Voice(other, its_tokenizer, names[1], *second)]
+
+
+def server_of(voices: Sequence[Voice]) -> RemoteEngine | None:
+    """The server that answers, None where the models are here."""
+    from llama2cli.sampling.remote import RemoteEngine
+
+    return voices[0].engine if isinstance(voices[0].engine, RemoteEngine) else None
 
 
 def read_requests(settings: Settings) -> Iterator[tuple[Place, Record]]:

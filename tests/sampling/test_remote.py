@@ -603,3 +603,43 @@ def test_connect(serve, folder):
     assert engine.context == 32 and tokenizer.vocab_size == engine.vocab_size
     assert remote.settle_remote_sampling(None, None) == (0.6, 0.9)
     assert remote.settle_remote_sampling(0.0, None).temperature == 0
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_generate_asks_a_server(serve, folder, tmp_path, capsys):
+    """Greedy answers, samples and their journal: as with the model at hand; what is complete leaves no journal."""
+    from llama2cli import cli
+    from llama2cli.nn.checkpoint import save_model
+    from llama2cli.nn.config import ModelConfig
+    from llama2cli.nn.model import Llama
+
+    tokenizer = Tokenizer.load(folder)
+    config = ModelConfig(tokenizer.vocab_size, 32, 64, 2, 4, 2, max_position_embeddings=96)
+    model = Llama(config)
+    model.init_weights(5, std=0.3)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", model, tokenizer)
+    server = serve(own=True, engine=str(tmp_path / "model"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": f"say {i}"}]}) + "\n" for i in range(6))
+    )
+    common = ["generate", str(prompts), "--max-new-tokens", "8"]
+    there = ["--endpoint", server.url, "--tokenizer", str(folder / "tokenizer.model"), "--model", "tiny"]
+    here = ["--model", str(tmp_path / "model")]
+
+    def run(*args: str) -> list[dict[str, Any]]:
+        out = tmp_path / "out.jsonl"
+        out.unlink(missing_ok=True)
+        assert cli.invoke([*common, *args, "-o", str(out)]) == 0, capsys.readouterr().err
+        assert not (tmp_path / "out.jsonl.answers").exists()
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    assert run(*there, "--temperature", "0") == run(*here, "--temperature", "0")
+    samples = run(*there, "-k", "3", "--temperature", "1")
+    assert [s["sample"] for s in samples] == [0, 1, 2] * 6 and {s["policy"] for s in samples} == {"tiny"}
+    capsys.readouterr()
+    assert cli.invoke([*common, "--model", "m", "--endpoint", server.url]) == 2
+    assert "--endpoint and --tokenizer go together" in capsys.readouterr().err
