@@ -18,7 +18,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -50,10 +49,6 @@ class Ragged:
         dtype = np.dtype(self.values.typecode)
         start, stop = self.starts[i], self.starts[i + 1]
         return np.frombuffer(self.values, dtype, stop - start, start * dtype.itemsize) if stop > start else _EMPTY
-
-    def digest(self) -> str:
-        """A hash of all values and where they part."""
-        return sha256(self.values.tobytes() + self.starts.tobytes()).hexdigest()
 
 
 _EMPTY = np.empty(0, np.int64)
