@@ -30,6 +30,7 @@ COMMANDS = {
     "rm-train": "train a reward model on comparisons, or a classifier on labelled dialogues",
     "score": "how good answers are, by reward models and classifiers",
     "generate": "answer prompts, continue documents or plain text lines",
+    "rs-sample": "the best of K answers to each prompt, by reward models, pooled over rounds",
     "chat": "a conversation in the terminal",
     "convert": "Meta checkpoints to Hugging Face folders and back",
     "plan": "memory, time, GPU-hours and tCO2 before you spend them",

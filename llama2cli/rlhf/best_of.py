@@ -9,22 +9,19 @@ Letters: K samples of a prompt, N of them; "..." prompts, or nothing.
 
 What the paper leaves open:
 1. The median of an even number is the mean of the two in the middle.
-2. Intervals are over prompts, which are drawn independently: the mean and 1.96 standard errors on either side.
-3. Of answers with the same reward the first is the best.
+2. Of answers with the same reward the first is the best.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 POOL_MODES = ("last", "all")
-Z = 1.959964  # of the normal distribution, for 95%
 Record = dict[str, Any]
 
 
@@ -76,59 +73,11 @@ def weights(K: int, rank: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     return made / made.sum(1, keepdims=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """Mean and squared deviations of each number of a row, over rows that came in batches (Chan et al. 1979)."""
-
-    n: int = 0
-    mean: np.ndarray | float = 0.0
-    squares: np.ndarray | float = 0.0
-
-    def with_rows(self, rows: np.ndarray) -> Spread:
-        """Of the rows [m, F] too."""
-        m = len(rows)
-        if not m:
-            return self
-        n, mean = self.n + m, rows.mean(0)
-        gap = mean - self.mean
-        squares = self.squares + np.square(rows - mean).sum(0) + gap * gap * self.n * m / n
-        return Spread(n, self.mean + gap * m / n, squares)
-
-    def interval(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """(low, high) of each mean, 95%; None of fewer than two rows, which have no spread."""
-        if self.n < 2:
-            return None
-        half = Z * np.sqrt(np.asarray(self.squares) / (self.n - 1) / self.n)
-        return self.mean - half, self.mean + half
-
-    def state(self) -> list[Any]:
-        """As JSON holds it, every digit kept."""
-        return [self.n, np.asarray(self.mean).tolist(), np.asarray(self.squares).tolist()]
-
-    @classmethod
-    def of_state(cls, state: Sequence[Any]) -> Spread:
-        """From what `state` gave."""
-        return cls(state[0], np.asarray(state[1]), np.asarray(state[2]))
-
-
-CURVES = ("max", "median", "gain")  # by N, and then the mean, which does not depend on it
-
-
-def curves(rewards: np.ndarray) -> np.ndarray:
-    """[..., K] -> [..., 3 K + 1]: the largest, the median, and the largest less the median of N = 1..K; the mean.
-
-    The third is what fine-tuning on the best answer can gain (Fig. 7).
-    """
-    rewards = np.asarray(rewards, np.float64)
-    largest, median = expected_max(rewards), expected_median(rewards)
-    return np.concatenate([largest, median, largest - median, rewards.mean(-1, keepdims=True)], -1)
-
-
 # --- from which rounds --------------------------------------------------------------------------------------------
 
 
-def pool(samples: Iterable[Record], mode: str, last: int) -> list[Record]:
-    """The Samples that are chosen from, in their order; last: the newest round.
+def competes(sample: Record, mode: str, newest: int) -> bool:
+    """Whether a Sample is chosen from; newest: the round of the newest model.
 
         last   those of the newest round alone, as up to RLHF-V3, which forgot what earlier rounds had learned
         all    those of every round, as after V3
@@ -137,7 +86,7 @@ def pool(samples: Iterable[Record], mode: str, last: int) -> list[Record]:
     """
     if mode not in POOL_MODES:
         raise ValueError(f"expected one of {', '.join(POOL_MODES)}, got {mode}")
-    return [sample for sample in samples if mode == "all" or sample.get("round") == last]
+    return mode == "all" or sample.get("round") == newest
 
 
 def best(rewards: Sequence[float], truncated: Sequence[bool] | None = None) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from fractions import Fraction
 from itertools import combinations
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from llama2cli.rlhf import best_of
-from llama2cli.rlhf.best_of import Spread, best, curves, expected_max, expected_median, pool
+from llama2cli.rlhf.best_of import best, competes, expected_max, expected_median
 
 
 def rewards(K: int, seed: int = 0, *shape: int) -> np.ndarray:
@@ -70,41 +69,12 @@ def test_of_a_known_distribution():
 
 def test_shapes_and_order():
     x = rewards(9, 1, 2, 3)
-    assert expected_max(x).shape == (2, 3, 9) and curves(x).shape == (2, 3, 28)
+    assert expected_max(x).shape == expected_median(x).shape == (2, 3, 9)
     np.testing.assert_allclose(expected_max(x)[1, 2], expected_max(x[1, 2]))
     largest = expected_max(x)
     assert (np.diff(largest, axis=-1) >= -1e-12).all()  # more samples are never worse
     np.testing.assert_allclose(expected_max(x[..., ::-1]), largest)
-    made = curves(x)
-    np.testing.assert_allclose(made[..., 18:27], made[..., :9] - made[..., 9:18])
-    np.testing.assert_allclose(made[..., 27], x.mean(-1))
     np.testing.assert_allclose(expected_max(3 * x + 1), 3 * largest + 1)
-
-
-# --- spread -------------------------------------------------------------------------------------------------------
-
-
-def test_spread_of_batches_is_that_of_all_rows():
-    rows = rewards(5, 2, 50) + 1000
-    made = Spread()
-    for part in (rows[:1], rows[1:1], rows[1:30], rows[30:]):
-        made = Spread.of_state(json.loads(json.dumps(made.with_rows(part).state())))
-    np.testing.assert_allclose(made.mean, rows.mean(0), rtol=1e-14)
-    low, high = made.interval()
-    half = 1.959964 * rows.std(0, ddof=1) / math.sqrt(50)
-    np.testing.assert_allclose(low, rows.mean(0) - half, rtol=1e-12)
-    np.testing.assert_allclose(high, rows.mean(0) + half, rtol=1e-12)
-    assert Spread().with_rows(rows[:1]).interval() is None and Spread().interval() is None
-
-
-def test_intervals_hold_what_they_promise():
-    """95% of 400 intervals of 60 prompts each hold the true expected largest of 3 out of 8 uniforms, 3/4."""
-    x = np.random.default_rng(1).random((400, 60, 8))
-    held = 0
-    for prompts in expected_max(x)[..., 2:3]:
-        low, high = Spread().with_rows(prompts).interval()
-        held += bool(low[0] <= 0.75 <= high[0])
-    assert 0.92 <= held / 400 <= 0.98
 
 
 # --- rounds and the best ------------------------------------------------------------------------------------------
@@ -112,11 +82,10 @@ def test_intervals_hold_what_they_promise():
 
 def test_rounds():
     samples = [{"n": 0, "round": 1}, {"n": 1, "round": 3}, {"n": 2}, {"n": 3, "round": 2}, {"n": 4, "round": 3}]
-    assert [s["n"] for s in pool(samples, "last", 3)] == [1, 4]
-    assert [s["n"] for s in pool(samples, "all", 3)] == [0, 1, 2, 3, 4]
-    assert pool(samples, "last", 4) == []
+    for mode, newest, want in (("last", 3, [1, 4]), ("all", 3, [0, 1, 2, 3, 4]), ("last", 4, [])):
+        assert [s["n"] for s in samples if competes(s, mode, newest)] == want
     with pytest.raises(ValueError, match="last, all"):
-        pool(samples, "newest", 3)
+        competes(samples[0], "newest", 3)
 
 
 def test_the_best():
