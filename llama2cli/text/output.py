@@ -34,7 +34,8 @@ from llama2cli.text.folders import atomic_write, fsync_folder
 SPILL = 8 << 20  # bytes of an open window that are held before they are compressed and written
 ZSTD_LEVEL, GZIP_LEVEL = 3, 6
 OTHER_SUFFIXES = (".bz2", ".xz", ".zip", ".lz4", ".parquet")
-NEUTRAL = {"out", "resume", "provenance", "quiet", "debug", "config", "max_line", "endpoint"}  # settings that change no record
+# Settings that change no record.
+NEUTRAL = {"out", "resume", "provenance", "quiet", "debug", "config", "max_line", "endpoint"}
 P = TypeVar("P")
 R = TypeVar("R")
 
