@@ -27,8 +27,8 @@ class Point(NamedTuple):
     high: float | None
 
     def shown(self) -> str:
-        """ "1.234 (1.100 to 1.300)", for a table."""
-        return f"{self.value:.3f}" + (f" ({self.low:.3f} to {self.high:.3f})" if self.low is not None else "")
+        """ "1.234 ±0.100", for a table."""
+        return f"{self.value:.3f}" + (f" ±{self.value - self.low:.3f}" if self.low is not None else "")
 
 
 @dataclass

@@ -33,7 +33,7 @@ def test_one_prompt_has_no_interval():
     made = Spread()
     made.add(rows(1, 3))
     assert [(p.low, p.high) for p in made.points()] == [(None, None)] * 3
-    assert "to" not in made.points()[0].shown()
+    assert "±" not in made.points()[0].shown()
 
 
 def test_intervals_hold_what_they_promise():
@@ -66,7 +66,7 @@ def test_curves_records_and_tables():
     shares = {r["measure"]: r["value"] for r in made if r["temperature"] == 0.8 and r["measure"].startswith("samples")}
     assert shares == {"samples.truncated": 2 / 12, "samples.distinct": 0.75, "samples.chosen": 0.5}
     first, second = best_of.tables(heat, 2)
-    assert first[2][1] == ["1.2", *(f"{x:.3f} ({x:.3f} to {x:.3f})" for x in (6, 6, 8)), "75.0", "16.7", "50.0", "5"]
+    assert first[2][1] == ["1.2", *(f"{x:.3f} ±0.000" for x in (6, 6, 8)), "75.0", "16.7", "50.0", "5"]
     assert [row[0] for row in second[2]] == ["1", "2", "3"] and {row[-1] for row in second[2]} == {"1.2"}
     alone = best_of.tables(heat[:1], 2)[1]
     assert alone[1] == ["n", "max", "median", "max - median"] and alone[2][2][3].startswith("2.000")

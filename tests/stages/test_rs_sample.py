@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import urllib.request
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median
@@ -459,8 +462,8 @@ def test_prompts_that_fill_a_context(run, folders, tmp_path):
     assert code == 1 and "in.jsonl:2: the prompt has" in err and "--skip-long" in err
     assert [r["n"] for r in run(records, *KEEP, "--skip-long")] == [0, 2] and "prompts left out" in run.err
     folders["short"] = model(tmp_path / "short", 7, rewards=True, context=16)
-    got = run([prompt("fox " * 9, n=0), prompt("dog", n=1)], *KEEP, "--skip-long", help="short", out="b.jsonl")
-    assert [r["n"] for r in got] == [0, 1] or [r["n"] for r in got] == [1]
+    got = run([prompt("fox " * 30, n=0), prompt("dog", n=1)], *KEEP, "--skip-long", help="short", out="b.jsonl")
+    assert [r["n"] for r in got] == [1] and "prompts left out" in run.err
     got = run([prompt("dog", n=1)], *KEEP, help="short", new=40, out="c.jsonl")
     assert len(got) == 1 and "read up to the end of a reward model's context" in run.err
 
@@ -469,3 +472,28 @@ def test_provenance(run, tmp_path, folders):
     run(PROMPTS[:1], *KEEP, "--provenance", tmp_path / "p.json")
     inputs = json.loads((tmp_path / "p.json").read_bytes())["provenance"]["inputs"]
     assert set(inputs) == {"in.jsonl", "policy", "help", "safe"} and all(inputs.values())
+
+
+# --- another machine's policy -------------------------------------------------------------------------------------
+
+
+def test_answers_of_a_server_are_chosen_from(run, folders, tmp_path):
+    """The policy over HTTP (temperature 0 has no random numbers): the same answers, scores and choice as here."""
+    script = Path(__file__).parents[1] / "sampling" / "completions_server.py"
+    tokenizer = folders["policy"] / "tokenizer.model"
+    served = {"tokenizer": str(tokenizer), "log": str(tmp_path / "log"), "engine": str(folders["policy"])}
+    server = subprocess.Popen([sys.executable, str(script), json.dumps(served)], stdout=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        with urllib.request.urlopen(f"{url}/v1/models") as reply:
+            name = json.load(reply)["data"][0]["id"]
+        flags = (*KEEP, "--temperature", 0)
+        there = run(PROMPTS, *flags, "--policy", name, "--endpoint", url, "--tokenizer", tokenizer, k=1)
+        assert isinstance(there, list), there
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+    here = run(PROMPTS, *flags, k=1, out="here.jsonl")
+    assert [{**r, "policy": "policy"} for r in there] == here and {r["policy"] for r in there} == {name}
+    assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.jsonl"]  # no answers are left beside it
