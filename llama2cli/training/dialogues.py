@@ -8,7 +8,8 @@ Three ways to make rows (`Packing`):
              run over the ends of dialogues; an answer at a cut goes on in the next row, without what was before it.
     none     a dialogue a row, filled up with padding.
 
-A dialogue longer than the context is cut at its end, or left out; either is counted.
+A dialogue longer than the context is cut at its end, or left out; either is counted. An answer that was sampled and cut
+("truncated": true) is trained without an end: there was none.
 """
 
 from __future__ import annotations
@@ -143,10 +144,10 @@ def add(
     """Encode dialogues into the store; what became of them. Raises DataError where the encoder does."""
     report = Report()
     for place, record in records:
-        messages = record["messages"]
-        encoded = encode_dialogue(tokenizer, messages, tags=tags, place=place)
+        messages, truncated = record["messages"], bool(record.get("truncated"))
+        encoded = encode_dialogue(tokenizer, messages, truncated=truncated, tags=tags, place=place)
         ids, mask = encoded.ids, encoded.mask
-        answers = answer_mask(tokenizer, messages, mask, tags)
+        answers = answer_mask(tokenizer, messages, mask, tags, truncated)
         if len(ids) > context and long == "drop":
             report.long += 1
             continue
@@ -172,12 +173,14 @@ def add(
     return report
 
 
-def answer_mask(tokenizer: Tokenizer, messages: Sequence[Record], mask: list[bool], tags: Tags) -> list[bool]:
+def answer_mask(
+    tokenizer: Tokenizer, messages: Sequence[Record], mask: list[bool], tags: Tags, truncated: bool = False
+) -> list[bool]:
     """True for every token of an answer, trained or not."""
     if all(m.get("weight", 1) for m in messages if m["role"] == "assistant"):
         return mask
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    return encode_dialogue(tokenizer, plain, tags=tags).mask
+    return encode_dialogue(tokenizer, plain, truncated=truncated, tags=tags).mask
 
 
 def system_tokens(tokenizer: Tokenizer, messages: Sequence[Record], tags: Tags) -> int:

@@ -456,3 +456,14 @@ def test_held_out_loss_is_that_of_each_dialogue_alone(ours: Llama, theirs: Any, 
         assert got["heldout"][part.name]["tokens"] == sum(sum(mask) for _, mask in some)
     assert got["heldout_loss"] == pytest.approx(reference(theirs, rows)[0], rel=1e-5)
     assert json.dumps(got)
+
+
+def test_an_answer_that_was_cut_is_trained_without_an_end() -> None:
+    """What a sampler cut at its limit must not teach that the text ends there."""
+    store = dialogues.Dialogues()
+    whole, cut = golden(f"{OPEN} h {CLOSE} | ▁ o k ▁ </s> |"), golden(f"{OPEN} h {CLOSE} | ▁ o k |")
+    records = [{"messages": SINGLE}, {"messages": SINGLE, "truncated": True}, {"messages": SINGLE, "truncated": False}]
+    places = [Place("samples.jsonl", i) for i in range(1, 4)]
+    report = dialogues.add(store, LETTERS, zip(places, records), context=64, tags="escape", long="cut")
+    found = [(store.ids[i].tolist(), store.masks[i].tolist()) for i in range(3)]
+    assert found == [whole, cut, whole] and report.trained == 5 + 3 + 5
