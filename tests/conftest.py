@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llama2cli import console
+
 # Set before torch is imported: two workers on two cores, and sums that do not depend on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +22,12 @@ SHARED = Path(os.environ.get("LLAMA2_SHARED", ROOT.parent / "shared"))
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What commands remember of this machine stays in the tests' own folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def speaking() -> None:
+    """A command that an earlier test ran with --quiet does not silence this one."""
+    console.configure("llama2", quiet=False)
 
 
 @pytest.fixture(scope="session")
