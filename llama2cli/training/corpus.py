@@ -69,7 +69,10 @@ def parse_heldout(texts: Sequence[str]) -> float | list[Named]:
     """A share of the training documents, or held-out folders. Raises Misuse."""
     shares = [s for s in map(as_share, texts) if s is not None]
     if not shares:
-        return parse_sources(texts, "--heldout") if texts else []
+        named = parse_sources(texts, "--heldout") if texts else []
+        if weighted := next((n for n in named if n.weight is not None), None):
+            raise Misuse(f'"{weighted.name}" has a weight; what is held out is measured whole', "--heldout")
+        return named
     if len(texts) > 1:
         raise Misuse("expected one fraction, or folders", "--heldout")
     if not 0 < shares[0] < 1:

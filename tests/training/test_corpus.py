@@ -141,3 +141,10 @@ def test_the_mean_is_over_sources() -> None:
     }
     with pytest.raises(Failure, match='held-out loss of source "y" is nan'):
         heldout.summary(parts, [1.0, math.nan])
+
+
+def test_held_out_data_have_no_weight(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert [n.name for n in corpora.parse_heldout([str(tmp_path / "a")])] == ["a"]
+    with pytest.raises(Misuse, match='"a" has a weight; what is held out is measured whole'):
+        corpora.parse_heldout([f"{tmp_path / 'a'}:2"])
