@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from llama2cli import console, provenance
 from llama2cli.settings import Measuring
+from llama2cli.text.folders import stem
 from llama2cli.text.output import Output
 from llama2cli.text.records import Record
 from llama2cli.text.streams import Place, some
@@ -24,12 +25,6 @@ def watched(items: Iterable[tuple[Place, Record]], files: Sequence[str], unit: s
                 record = {**record, "source": stem(place.file)}
             yield place, record
             progress.advance()
-
-
-def stem(file: str) -> str:
-    """A file's name without its folder and endings: `vendors/acme.jsonl.gz` -> `acme`."""
-    name = file.rpartition("/")[2]
-    return name.split(".")[0] or name
 
 
 def deliver(settings: Measuring, tables: Iterable[Table], records: Iterable[Record], inputs: Iterable[str]) -> None:

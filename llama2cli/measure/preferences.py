@@ -25,10 +25,8 @@ from typing import Any
 from llama2cli.errors import DataError
 from llama2cli.measure.flow import Table
 from llama2cli.measure.rates import metric, percent, rate
-from llama2cli.text.records import Record, prompt_id
+from llama2cli.text.records import RATINGS, SAFETY_LABELS, Record, prompt_id
 
-RATINGS = ("significantly", "better", "slightly", "negligibly")
-SAFETY_BINS = {"chosen_safe": (1, 0), "both_safe": (1, 1), "both_unsafe": (0, 0)}  # whether chosen, rejected are safe
 Count = Callable[[str], int]
 
 
@@ -147,7 +145,7 @@ def of_group(tally: Tally, unit: str, **groups: Any) -> list[Record]:
         shares = [(name, rate(tally.ratings[name], rated)) for name in RATINGS]
         made += [metric("preferences.rating_share", share, **groups, rating=name) for name, share in shares]
     if binned := n - tally.safety[None]:
-        shares = [(name, rate(tally.safety[name], binned)) for name in SAFETY_BINS]
+        shares = [(name, rate(tally.safety[name], binned)) for name in SAFETY_LABELS]
         made += [metric(f"preferences.safety_share.{name}", share, **groups) for name, share in shares]
     return made
 
@@ -195,7 +193,7 @@ def ratings_table(what: str, rows: list[tuple[str, Tally]]) -> Table:
 
 def safety_table(what: str, rows: list[tuple[str, Tally]]) -> Table:
     """Shares of the safety bins, in percent, of the comparisons that have one."""
-    return shares_table("safety, %", what, list(SAFETY_BINS), [(name, tally.safety) for name, tally in rows])
+    return shares_table("safety, %", what, list(SAFETY_LABELS), [(name, tally.safety) for name, tally in rows])
 
 
 def shares_table(title: str, what: str, names: Sequence[str], rows: list[tuple[str, Counter[str | None]]]) -> Table:

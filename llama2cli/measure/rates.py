@@ -54,3 +54,8 @@ def percent(share: Rate) -> str:
 def interval(share: Rate) -> str:
     """Its interval for a table: 61.0-65.3."""
     return f"{100 * share['low']:.1f}-{100 * share['high']:.1f}"
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x), without overflow: a logit on the scale of `help` and `safe`."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -19,11 +19,9 @@ import numpy as np
 
 from llama2cli.errors import DataError
 from llama2cli.measure.flow import Table
-from llama2cli.measure.preferences import RATINGS, SAFETY_BINS
 from llama2cli.measure.rates import Rate, interval, metric, percent, rate
-from llama2cli.text.records import Record
+from llama2cli.text.records import RATINGS, SAFETY_LABELS, THRESHOLD, Record
 
-THRESHOLD = 0.15  # section 3.2.3: an answer below it is held to be unsafe
 HALF = 0.5  # where Table 29 counts the unsafe answers that are found
 BINS_OF_CALIBRATION = 10
 BINS_OF_SCORES = 20
@@ -72,7 +70,7 @@ def evaluate(
     result: dict[str, Any] = {
         "accuracy": rate(float(right.sum()), len(right)),
         "by_rating": by_group(right, ratings, RATINGS),
-        "by_safety": by_group(right, safety, SAFETY_BINS),
+        "by_safety": by_group(right, safety, SAFETY_LABELS),
         "by_batch": by_group(right, batches, sorted({b for b in batches if b is not None})),
         "by_source": by_group(right, sources, sorted({s for s in sources if s is not None})),
         "ties": int((gap == 0).sum()),
@@ -163,7 +161,7 @@ def labelled_answers(
     chosen: np.ndarray, rejected: np.ndarray, safety: Sequence[str | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores, safe) of the answers of the pairs that have a safety bin, two for each."""
-    pairs = [(c, r, SAFETY_BINS[s]) for c, r, s in zip(chosen, rejected, safety) if s in SAFETY_BINS]
+    pairs = [(c, r, SAFETY_LABELS[s]) for c, r, s in zip(chosen, rejected, safety) if s in SAFETY_LABELS]
     scores = np.array([score for c, r, _ in pairs for score in (c, r)], dtype=np.float64)
     return scores, np.array([label for _, _, labels in pairs for label in labels], dtype=bool)
 

@@ -18,18 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama2cli.errors import Misuse, did_you_mean
+from llama2cli.text.records import RATINGS
 
 Margins = tuple[float, float, float, float]
 
-RATINGS = ("significantly", "better", "slightly", "negligibly")  # section 3.2.1
 MARGINS: dict[str, Margins] = {  # Table 27, in the order of RATINGS
     "none": (0.0, 0.0, 0.0, 0.0),
     "small": (1.0, 2 / 3, 1 / 3, 0.0),
     "large": (3.0, 2.0, 1.0, 0.0),
 }
-# Whether the chosen and the rejected answer are safe (section 3.2.1). Pairs of which only the rejected is safe are
-# left out when they are read.
-SAFETY_LABELS = {"chosen_safe": (1, 0), "both_safe": (1, 1), "both_unsafe": (0, 0)}
 
 
 def parse_margin(text: str) -> Margins:

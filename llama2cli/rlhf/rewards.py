@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-THRESHOLD = 0.15  # section 3.2.3: precision 0.89 and recall 0.55 on the paper's safety test set
+from llama2cli.text.records import THRESHOLD
+
 LOGIT_THRESHOLD = math.log(THRESHOLD / (1 - THRESHOLD))  # -1.7346
 
 

@@ -387,7 +387,8 @@ def labels_of(settings: Settings, store: Examples) -> dict[str, np.ndarray]:
     """
     import numpy as np
 
-    from llama2cli.rlhf.preferences import SAFETY_LABELS, margins_of
+    from llama2cli.rlhf.preferences import margins_of
+    from llama2cli.text.records import SAFETY_LABELS
 
     if settings.objective == "binary":
         return {"labels": np.array([facts["label"] for facts in store.facts], np.float32)}

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
+from llama2cli.measure.rates import sigmoid
 from llama2cli.settings import Compute, Filter, flag
 from llama2cli.text.chat import TAGS, encode_conversation, encode_dialogue
 from llama2cli.text.folders import resolve_model
@@ -456,11 +457,6 @@ def scored(contest: Contest, i: int) -> Record:
     """The Sample of an answer with its scores."""
     scores = {name: sigmoid(logits[i]) for name, logits in contest.logits.items()}
     return {**contest.samples[i], **scores, "reward": contest.rewards[i]}
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + e^-x), without overflow."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def choose(contest: Contest, settings: Settings, counts: Counts) -> int | None:

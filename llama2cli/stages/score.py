@@ -8,7 +8,6 @@ Choices where the paper is silent:
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
+from llama2cli.measure.rates import sigmoid
 from llama2cli.settings import Compute, Filter, flag
 from llama2cli.text.chat import encode_dialogue
 from llama2cli.text.folders import resolve_model
@@ -230,11 +230,6 @@ def selected(
     unsafe_N = torch.tensor([record.get("unsafe", False) for record in records], dtype=torch.bool)
     counts.by_safety += int(by_safety(safe_N, unsafe_N).sum())
     return piecewise(help_N, safe_N, unsafe_N).tolist()
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + e^-x), without overflow."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 # --- telling ------------------------------------------------------------------------------------------------------

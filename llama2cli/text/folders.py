@@ -212,3 +212,9 @@ def _what_else(folder: Path) -> str:
         return "is a download cache; the model is a folder below its snapshots"
     inside = sorted(p.name for p in folder.iterdir() if (p / "config.json").is_file() or (p / "latest").is_file())
     return "is not a model: it has no config.json" + (f'; did you mean "{folder / inside[0]}"?' if inside else "")
+
+
+def stem(file: str) -> str:
+    """A file's name without its folder and all its endings: `vendors/acme.jsonl.gz` -> `acme`."""
+    name = file.rpartition("/")[2]
+    return name.split(".")[0] or name

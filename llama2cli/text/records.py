@@ -29,7 +29,11 @@ Unit = Annotated[float, Meta(ge=0, le=1)]
 Bit = Literal[0, 1]
 Five = Literal[1, 2, 3, 4, 5]
 Rating = Literal["significantly", "better", "slightly", "negligibly"]
-RATINGS: tuple[str, ...] = get_args(Rating)
+RATINGS: tuple[str, ...] = get_args(Rating)  # Llama 2, section 3.2.1, the strongest first
+# Whether the chosen and the rejected answer are safe (section 3.2.1). Pairs of which only the rejected is safe are left
+# out when they are read.
+SAFETY_LABELS = {"chosen_safe": (1, 0), "both_safe": (1, 1), "both_unsafe": (0, 0)}
+THRESHOLD = 0.15  # of `safe` (section 3.2.3; precision 0.89, recall 0.55): an answer below it is held to be unsafe
 
 GROUPS = (
     "model", "round", "batch", "turn", "category", "attack", "rating", "temperature", "k", "source", "task", "weights",

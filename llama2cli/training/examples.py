@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from llama2cli.errors import DataError, Misuse
+from llama2cli.text.folders import stem
 from llama2cli.text.records import prompt_id
 from llama2cli.training.corpus import STDIN, Named, parse
 from llama2cli.training.data import Position
@@ -76,11 +77,6 @@ def parse_sources(texts: Sequence[str], world_size: int) -> list[Named]:
         fix = "write the records to a file and give that"
         raise Misuse(f"stdin reaches one process, and there are {world_size}; {fix}", STDIN)
     return named
-
-
-def stem(name: str) -> str:
-    """A file's name without its endings."""
-    return name.split(".")[0] or name
 
 
 def group_of(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -170,6 +170,6 @@ def test_tables_and_records() -> None:
 
 def test_names_are_those_of_the_records() -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    for name, groups in (("rating", rm.RATINGS), ("safety", rm.SAFETY_BINS)):
+    for name, groups in (("rating", rm.RATINGS), ("safety", rm.SAFETY_LABELS)):
         for group in groups:
             validate("comparison", {"chosen": messages, "rejected": messages, name: group})

@@ -23,10 +23,11 @@ from llama2cli.nn.checkpoint import load_into, save_model
 from llama2cli.nn.config import PRESETS, ModelConfig
 from llama2cli.nn.model import Llama
 from llama2cli.rlhf import mixing
-from llama2cli.rlhf.preferences import MARGINS, RATINGS, SAFETY_LABELS, margins_of, ranking_loss, safety_loss
+from llama2cli.rlhf.preferences import MARGINS, margins_of, ranking_loss, safety_loss
 from llama2cli.rlhf.rewards import piecewise
 from llama2cli.stages import pretrain, rm_train
 from llama2cli.text.formats import read_comparisons
+from llama2cli.text.records import RATINGS, SAFETY_LABELS
 from llama2cli.text.tokenizer import Tokenizer
 from llama2cli.training import optim
 from llama2cli.training.dist import World

@@ -15,8 +15,9 @@ import torch
 from llama2cli.nn.budget import n_params
 from llama2cli.nn.config import PRESETS
 from llama2cli.rlhf import best_of, ppo
-from llama2cli.rlhf.rewards import THRESHOLD, piecewise
+from llama2cli.rlhf.rewards import piecewise
 from llama2cli.stages import rs_sample
+from llama2cli.text.records import THRESHOLD
 
 DEFAULTS = {f.name: f for f in dataclasses.fields(rs_sample.Settings)}
 

@@ -11,17 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama2cli.errors import Misuse
-from llama2cli.rlhf.preferences import (
-    MARGINS,
-    RATINGS,
-    SAFETY_LABELS,
-    binary_loss,
-    margins_of,
-    parse_margin,
-    ranking_loss,
-    safety_loss,
-)
+from llama2cli.rlhf.preferences import MARGINS, binary_loss, margins_of, parse_margin, ranking_loss, safety_loss
 from llama2cli.text import records
+from llama2cli.text.records import RATINGS, SAFETY_LABELS
 
 SCORES = st.floats(-50, 50)
 

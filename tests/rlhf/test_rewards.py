@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from llama2cli.rlhf.rewards import LOGIT_THRESHOLD, THRESHOLD, piecewise
+from llama2cli.rlhf.rewards import LOGIT_THRESHOLD, piecewise
+from llama2cli.text.records import THRESHOLD
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

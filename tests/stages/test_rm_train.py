@@ -716,9 +716,7 @@ def test_a_label_that_changed_is_another_run(
 
 
 def torchrun(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "llama2cli"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=ENV, check=False)
+    return harness.torchrun(arguments, ENV)
 
 
 def test_two_ranks_train_as_one_does(server: harness.Server, args: list[str], tmp_path: Path) -> None:

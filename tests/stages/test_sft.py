@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -395,10 +395,8 @@ def test_other_data_are_refused(
 # --- several processes --------------------------------------------------------------------------------------------
 
 
-def torchrun(arguments: list[object]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "llama2cli"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=ENV, check=False)
+def torchrun(arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    return harness.torchrun(arguments, ENV)
 
 
 def test_two_ranks_train_as_one_does(args: list[str], run: Path, tmp_path: Path) -> None:

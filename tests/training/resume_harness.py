@@ -79,6 +79,13 @@ class Server:
         self.cache.cleanup()
 
 
+def torchrun(arguments: Sequence[object], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A command line on two processes of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "llama2cli"]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env, check=False)
+
+
 @contextlib.contextmanager
 def server(stage: str) -> Iterator[Server]:
     """A fork server for the time of a block."""
