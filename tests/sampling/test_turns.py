@@ -72,6 +72,7 @@ class Parrot:
         results = []
         for prompt, text, p in zip(prompts, texts, params, strict=True):
             ids = [*self.tokenizer.encode(f"{self.says} {text.count('[/INST]')}"), 2]
+            assert len(prompt) < self.context, "as the engine refuses it"
             room = min(self.cut or p.max_new_tokens, self.context - len(prompt))
             results.append(Result(ids[:room], [], [], truncated=len(ids) > room))
             if tick is not None:
