@@ -112,6 +112,43 @@ def open_output(settings: Filter, *parts: Any, paths: Iterable[str | Path] = ())
     return Output(settings.out, key=key, resume=settings.resume is not False, inputs=settings.files or ["-"])
 
 
+def open_outputs(
+    settings: Filter, second: str | None, *parts: Any, paths: Sequence[str | Path] = ()
+) -> tuple[Output, Output | None]:
+    """The `Output` of a filter's flags, and that of a second file that is committed with it and before it, if named.
+
+    Where the two that a killed command left do not go together, both start over.
+    """
+    out = open_output(settings, *parts, paths=paths)
+    if second is None:
+        return out, None
+    other = Output(second, key=fingerprint("second", out.key), resume=settings.resume is not False, most=out.skip)
+    if other.skip == out.skip:
+        return out, other
+    console.warn(f"{second}: what belongs to {settings.out} is not there; both start over")
+    out.leave()
+    other.leave()
+    return open_outputs(dataclasses.replace(settings, resume=False), second, *parts, paths=paths)
+
+
+def check_outputs(outputs: Iterable[tuple[str, str | None]], inputs: Iterable[str]) -> None:
+    """Raise Misuse, which names the flag, for a file that two of the (flag, path) outputs write, or that is an input.
+
+    Outputs without a path are not asked for.
+    """
+    given = {os.path.realpath(path) for path in inputs if path != "-"}
+    seen: dict[str, str] = {}
+    for name, path in outputs:
+        if path is None:
+            continue
+        real = path if path == "-" else os.path.realpath(path)
+        if real in seen:
+            raise Misuse(f"is given to {seen[real]} too", name, path)
+        if real in given:
+            raise Misuse("is an input and the output; write to another file", name, path)
+        seen[real] = name
+
+
 # --- the output ---------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,180 @@
+"""What context distillation does to the scores of reward models (Fig. 16 of Llama 2, and Table 40 for helpful prompts).
+
+Scores are on the scale of `safe` and `help`, from 0 to 1. A prompt counts once: of its K samples on either side the mean.
+Intervals are the mean and 1.96 standard errors on either side, over prompts, which are drawn independently; gains are
+differences on the same prompts, so their intervals are those of paired differences. Shares have Wilson's.
+
+Tasks, the arms of Fig. 16:
+
+    plain        the model's answers without a teacher
+    preprompt    its answers under a teacher of the file
+    template     its answers under the template of the prompt's risk category
+    kept         the answers that the gate let through, which are trained on
+    kept_plain   the best plain answers to the same prompts
+    gated        kept where there is one, else the best plain answer, over all prompts; and `best_plain` over the same
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llama2cli.measure.best_of import Point, Spread
+from llama2cli.measure.flow import Table
+from llama2cli.measure.rates import interval, percent, rate
+from llama2cli.text.records import Record
+
+BINS = 5  # of the plain score, for what is gained by it (Fig. 16b)
+ARMS = ("plain", "preprompt", "template", "best_plain", "gated", "kept_plain", "kept")
+SAID = {
+    "plain": "without a teacher",
+    "preprompt": "with a preprompt",
+    "template": "with the category's template",
+    "best_plain": "best of k without a teacher",
+    "gated": "the same, gated",
+    "kept_plain": "best of k without, where one is kept",
+    "kept": "kept",
+}
+
+
+def bin_of(score: float) -> str:
+    """The bin of a plain score: "plain 0.2-0.4"; a bin holds its lower bound, the last one 1 as well."""
+    i = min(int(score * BINS), BINS - 1)
+    return f"plain {i / BINS:.1f}-{(i + 1) / BINS:.1f}"
+
+
+@dataclass
+class Ledger:
+    """Means and shares by measure and groups, which grow prompt by prompt; a journal holds them.
+
+    means, shares: by the JSON of what a Metric record says beside its numbers.
+    """
+
+    means: dict[str, Spread] = field(default_factory=dict)
+    shares: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, measure: str, value: float, **groups: Any) -> None:
+        """A number of one prompt."""
+        self.means.setdefault(_key(measure, groups), Spread()).add(np.array([[value]], np.float64))
+
+    def mark(self, measure: str, hit: bool, **groups: Any) -> None:
+        """Whether a prompt is one of those whose share is asked for."""
+        share = self.shares.setdefault(_key(measure, groups), [0, 0])
+        share[0] += bool(hit)
+        share[1] += 1
+
+    def point(self, measure: str, **groups: Any) -> tuple[Point, int] | None:
+        """A mean, and over how many prompts; None without any."""
+        spread = self.means.get(_key(measure, groups))
+        return None if spread is None else (spread.points()[0], spread.n)
+
+    def share(self, measure: str, **groups: Any) -> tuple[int, int]:
+        """How many of how many."""
+        k, n = self.shares.get(_key(measure, groups), (0, 0))
+        return k, n
+
+    def named(self, measure: str, group: str) -> list[str]:
+        """The values that a group of a measure has, in order."""
+        keys = [json.loads(key) for key in (*self.means, *self.shares)]
+        return sorted({key[group] for key in keys if key["measure"] == measure and group in key})
+
+    def state(self) -> dict[str, Any]:
+        """As JSON holds it, every digit kept."""
+        means = {
+            key: {name: np.asarray(value).tolist() for name, value in vars(spread).items()}
+            for key, spread in self.means.items()
+        }
+        return {"means": means, "shares": self.shares}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Ledger:
+        """From what `state` gave."""
+        means = {k: Spread(s["n"], np.array(s["mean"]), np.array(s["squares"])) for k, s in state["means"].items()}
+        return cls(means, {k: list(v) for k, v in state["shares"].items()})
+
+
+def _key(measure: str, groups: dict[str, Any]) -> str:
+    return json.dumps({"measure": measure, **{k: v for k, v in sorted(groups.items()) if v is not None}})
+
+
+def records(ledger: Ledger) -> Iterator[Record]:
+    """Metric records, means first."""
+    for key, spread in sorted(ledger.means.items()):
+        [point] = spread.points()
+        bounds = {} if point.low is None else {"low": point.low, "high": point.high}
+        named = json.loads(key)
+        yield {"measure": named.pop("measure"), "value": point.value, "n": spread.n, **bounds, **named}
+    for key, (k, n) in sorted(ledger.shares.items()):
+        named = json.loads(key)
+        yield {"measure": named.pop("measure"), **rate(k, n), **named}
+
+
+# --- for a person -------------------------------------------------------------------------------------------------
+
+
+def tables(ledger: Ledger, scores: Sequence[str], judge: str | None) -> list[Table]:
+    """scores: the fields that reward models give ("safe", "help"). judge: the one that gates, or judges gains."""
+    out = []
+    if any(ledger.point(f"distill.{name}", task="plain") for name in scores):
+        out.append(arms(ledger, scores, judge))
+    if judge is not None and ledger.named("distill.kept", "task"):
+        out.append(by_plain(ledger, judge))
+    if len(ledger.named("distill.kept", "category")) > 0:
+        out.append(by_category(ledger))
+    if any(ledger.point(f"harm.{name}", task="plain") for name in scores):
+        out.append(harm(ledger, scores))
+    return out
+
+
+def arms(ledger: Ledger, scores: Sequence[str], judge: str | None) -> Table:
+    """A row for each arm of Fig. 16: its prompts, its mean scores, and the gain over plain on the same prompts."""
+    rows = []
+    for task in ARMS:
+        found = [ledger.point(f"distill.{name}", task=task) for name in scores]
+        if not any(found) or (task in ("best_plain", "kept_plain") and not ledger.point("distill.safe", task="kept")):
+            continue
+        n = next(f[1] for f in found if f)
+        gain = ledger.point("distill.gain", task=task)
+        cells = [f[0].shown() if f else "" for f in found]
+        rows.append([SAID[task], f"{n:,}", *cells, *([f"{gain[0].shown()}" if gain else ""] if judge else [])])
+    last = [f"gain in {judge}"] if judge else []
+    return "means over prompts (scores from 0 to 1)", ["answers", "prompts", *scores, *last], rows
+
+
+def by_plain(ledger: Ledger, judge: str) -> Table:
+    """A row for each bin of the plain score: what the teacher gains there, and the share kept (Fig. 16b)."""
+    rows = []
+    for task in ledger.named("distill.kept", "task"):
+        gain = ledger.point("distill.gain", task=task)
+        share = rate(*ledger.share("distill.kept", task=task))
+        rows.append([task.removeprefix("plain "), f"{share['n']:,}", gain[0].shown() if gain else "", percent(share)])
+    return "by the score without a teacher", [f"{judge} without", "prompts", "gain", "kept %"], rows
+
+
+def by_category(ledger: Ledger) -> Table:
+    """A row for each risk category: the share kept."""
+    rows = []
+    for name in ledger.named("distill.kept", "category"):
+        share = rate(*ledger.share("distill.kept", category=name))
+        rows.append([name, f"{share['n']:,}", percent(share), interval(share)])
+    return "by category", ["category", "prompts", "kept %", "95%"], rows
+
+
+def harm(ledger: Ledger, scores: Sequence[str]) -> Table:
+    """What distillation would do to prompts that are not adversarial; `kept`: where the gate would let it."""
+    rows = []
+    for task in ("plain", "preprompt", "template", "kept_plain", "kept"):
+        found = [ledger.point(f"harm.{name}", task=task) for name in scores]
+        if not any(found):
+            continue
+        worse = ledger.share("harm.worse", task=task)
+        cells = [f[0].shown() if f else "" for f in found]
+        rows.append(
+            [SAID[task], f"{next(f[1] for f in found if f):,}", *cells, percent(rate(*worse)) if worse[1] else ""]
+        )
+    title = "prompts that are not adversarial, had they been distilled as well"
+    return title, ["answers", "prompts", *scores, "worse %"], rows
