@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -30,6 +30,7 @@ from llama2cli.text.streams import MAX_LINE, decode, read_json
 FIELDS = ("kind", "instruction", "short", "check")
 FORMS = ("regex", "not_regex", "all", "any", "predicate")
 MAX_DEPTH = 20  # of checks in checks
+Compile = Callable[[Record, str], object]  # (check, its field), raises Wrong
 
 
 class Constraint(Struct):
@@ -42,16 +43,17 @@ class Constraint(Struct):
 
 
 def read_constraints(
-    paths: Sequence[str | Path], *, predicates: Collection[str] | None = None, max_line: int = MAX_LINE
+    paths: Sequence[str | Path], *, compile: Compile | None = None, max_line: int = MAX_LINE
 ) -> list[Record]:
     """The constraints of files, or of stdin when there are no paths; the same one again is left out and counted.
 
-    predicates: the names that a check may have; None admits any. Raises what `streams.read_lines` raises, and
-    DataError, which names file, line and field, for what is no constraint, or where there is none at all.
+    compile: what makes a function of a check (`measure.checkers.compile_check`) and knows the predicates. Raises what
+    `streams.read_lines` raises, and DataError, which names file, line and field, for what is no constraint, or where
+    there is none at all.
     """
     found: dict[tuple[str, str], Record] = {}
     for place, text in read_json(paths, max_line=max_line):
-        record = constraint(decode(text, place), place, predicates)
+        record = constraint(decode(text, place), place, compile)
         key = record["kind"], record["instruction"].strip()
         if key in found:
             where = f"{place.file}:{place.line}"
@@ -63,7 +65,7 @@ def read_constraints(
     return list(found.values())
 
 
-def constraint(record: Any, place: Iterable[object] = (), predicates: Collection[str] | None = None) -> Record:
+def constraint(record: Any, place: Iterable[object] = (), compile: Compile | None = None) -> Record:
     """The record, seen to be a constraint. Raises DataError at its place and field."""
     try:
         if isinstance(record, dict):  # as tables exported to JSON have it
@@ -73,7 +75,9 @@ def constraint(record: Any, place: Iterable[object] = (), predicates: Collection
             if name in record:
                 _text(record[name], name)
         if "check" in record:
-            _check(record["check"], "check", predicates, 0)
+            _check(record["check"], "check", 0)
+            if compile is not None:
+                compile(record["check"], "check")
     except Wrong as e:
         field, message = e.args
         raise DataError(f"{field}: {message}" if field else message, *place) from None
@@ -98,8 +102,8 @@ def _text(value: str, field: str) -> None:
         raise Wrong(field, f'holds "{found[0]}", a tag of the chat format')
 
 
-def _check(check: Any, field: str, predicates: Collection[str] | None, depth: int) -> None:
-    """Raise Wrong for what is no check. What a predicate wants to know is for the predicate to say."""
+def _check(check: Any, field: str, depth: int) -> None:
+    """Raise Wrong for what is no check. Which predicates there are, and what they want, is for those to say."""
     if not isinstance(check, dict):
         raise Wrong(field, f"expected an object with one of {', '.join(FORMS)}, got {_called(check)}")
     given = [name for name in FORMS if name in check]
@@ -115,13 +119,10 @@ def _check(check: Any, field: str, predicates: Collection[str] | None, depth: in
         if not isinstance(value, list) or not value:
             raise Wrong(where, f"expected a list of checks, got {_called(value)}")
         for i, one in enumerate(value):
-            _check(one, f"{where}[{i}]", predicates, depth + 1)
+            _check(one, f"{where}[{i}]", depth + 1)
     elif not isinstance(value, str) or not value:
         raise Wrong(where, f"expected {'a name' if form == 'predicate' else 'an expression'}, got {_called(value)}")
     elif form == "predicate":
-        if predicates is not None and value not in predicates:
-            known = ", ".join(sorted(predicates))
-            raise Wrong(where, f'there is no predicate "{value}"{did_you_mean(value, predicates)} (there are {known})')
         return
     else:
         _expression(value, where)
@@ -145,3 +146,81 @@ def _called(value: Any) -> str:
     names = {"str": "a string", "int": "a number", "float": "a number", "bool": "true or false", "list": "a list",
              "dict": "an object", "NoneType": "null"}  # fmt: skip
     return "nothing" if value in ("", [], {}) else names[type(value).__name__]
+
+
+# --- asked of a model ---------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """A kind whose list a model is asked for: the question, and what is made of each name."""
+
+    question: str
+    instruction: str
+    short: str
+
+
+ASKED = {  # "we asked Llama 2-Chat to generate it", so that it knows what it is told to like or to be
+    "hobby": Asked(
+        "List {n} hobbies that people have. Write one on each line, only its name.", "You enjoy {}.", "Hobby: {}."
+    ),
+    "language": Asked(
+        "List {n} languages that you speak well. Write one on each line, only its name.",
+        "Always speak in {}.",
+        "Language: {}.",
+    ),
+    "figure": Asked(
+        "List {n} public figures whom everybody knows, living or dead. Write one on each line, only the name.",
+        "Always act as {} from now on.",
+        "Figure: {}.",
+    ),
+}
+LENGTH = 20  # names in a list
+BULLET = re.compile(r"\s*(?:[-*•–·]|\(?\d{1,3}[.):])\s*")
+REMARK = re.compile(
+    r"\s+[-–—(].*|:\s.*|\s*\(.*"
+)  # what follows a name: "Chess - a game", "Chess: ..." and "Chess (a game)"
+MAX_WORDS, MAX_NAME = 6, 60
+
+
+def parse_list(text: str, *, whole: bool = True) -> tuple[list[str], int]:
+    """The names in a list that a model wrote, and how many of its lines are none.
+
+    Numbers, bullets and remarks behind a name are taken off. Where some lines have a bullet, the others are talk; a
+    single line is split at its commas. A name has letters, at most six words and no tag of the chat format. whole: the
+    text has an end; otherwise its last line may be half a name, and is none.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) == 1 and lines[0].count(",") > 1:
+        lines = re.split(r",(?:\s*and\b)?", lines[0].rpartition(": ")[2])
+    n_lines = len(lines)
+    lines = lines if whole else lines[:-1]
+    if any(BULLET.match(line) for line in lines):
+        lines = [line for line in lines if BULLET.match(line)]
+    names = [_name(line) for line in lines]
+    found = [name for name in names if name]
+    return found, n_lines - len(found)
+
+
+def of_names(kind: str, names: Iterable[str]) -> tuple[list[Record], int]:
+    """The constraints of a kind of ASKED, one for each name, and how many names were there before (in any case)."""
+    asked = ASKED[kind]
+    first: dict[str, str] = {}
+    n = 0
+    for name in names:
+        first.setdefault(name.casefold(), name)
+        n += 1
+    made = [
+        {"kind": kind, "instruction": asked.instruction.replace("{}", name), "short": asked.short.replace("{}", name)}
+        for name in first.values()
+    ]
+    return made, n - len(made)
+
+
+def _name(line: str) -> str:
+    """The name in a line of a list; nothing where there is none."""
+    text = BULLET.sub("", line, count=1).strip()
+    if text.endswith(":") or TAGS.search(text):
+        return ""
+    text = REMARK.sub("", text).strip(" \t*_`\"'“”.,;:!")
+    fits = len(text) <= MAX_NAME and len(text.split()) <= MAX_WORDS
+    return text if fits and any(c.isalpha() for c in text) else ""
