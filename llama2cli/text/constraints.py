@@ -176,9 +176,8 @@ ASKED = {  # "we asked Llama 2-Chat to generate it", so that it knows what it is
 }
 LENGTH = 20  # names in a list
 BULLET = re.compile(r"\s*(?:[-*•–·]|\(?\d{1,3}[.):])\s*")
-REMARK = re.compile(
-    r"\s+[-–—(].*|:\s.*|\s*\(.*"
-)  # what follows a name: "Chess - a game", "Chess: ..." and "Chess (a game)"
+# What follows a name: "Chess - a game", "Chess: a game", "Chess (a game)".
+REMARK = re.compile(r"\s+[-–—(].*|:\s.*|\s*\(.*")
 MAX_WORDS, MAX_NAME = 6, 60
 
 

@@ -1,0 +1,687 @@
+"""`llama2 gatt-synth`: dialogues for Ghost Attention (Llama 2, section 3.3 and appendix A.3.5).
+
+Choices where the paper is silent, beside those at the top of `rlhf/gatt.py` and `sampling/turns.py`:
+1. Every answer of a dialogue is sampled anew, so that those before the last obey as well: they are what it follows.
+2. Half of the instructions are combinations. Temperature and top-p are those of a chat with the policy.
+3. An answer that was cut at --max-new-tokens is context like any other, but is not trained unless asked for.
+4. A checker admits a record where all of its answers obey; a reward model where the trained one scores well. It reads
+   the dialogue as the policy was shown it, with the instruction in every user message.
+5. --rm-keep is a share of each window's records, carried over from window to window: all is never held at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from llama2cli import console, provenance
+from llama2cli.errors import DataError, Misuse
+from llama2cli.settings import Compute, Filter, flag
+from llama2cli.text import constraints as lists
+from llama2cli.text.chat import encode_dialogue
+from llama2cli.text.folders import resolve_model
+from llama2cli.text.formats import read_dialogues
+from llama2cli.text.output import Output
+from llama2cli.text.records import Record, prompt_id
+from llama2cli.text.streams import Place, open_output, some, windows
+
+if TYPE_CHECKING:
+    from llama2cli.rlhf.gatt import Drawn
+    from llama2cli.sampling.engine import Result
+    from llama2cli.sampling.remote import RemoteEngine
+    from llama2cli.sampling.samples import Tally, Voice
+    from llama2cli.sampling.scoring import Scorer
+    from llama2cli.sampling.turns import Rolled
+
+Window = Sequence[tuple[Place, Record]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Filter, Compute):
+    """Make dialogues for Ghost Attention: an instruction that stands in the first turn alone, and is obeyed in all.
+
+    For each dialogue an instruction is drawn, one constraint or a combination, and put before every user message; the
+    policy answers them turn by turn (answers of the input are replaced). Then the instruction is taken out of all turns
+    but the first, shortened half of the time, and all answers but the last get weight 0: ready for sft.
+
+    Constraints are records {"kind", "instruction", "short"?, "check"?} in a file, or lists that the policy is asked
+    for. What a record has to obey stands in its field "gatt", with the form in which the instruction was kept.
+
+    Example:
+      llama2 gatt-synth examples/data/chat.jsonl --join 3 --constraints examples/data/constraints.jsonl --policy run \\
+        --max-new-tokens 16 --keep-truncated | llama2 sft --init run --batch-size 16 --lr 1e-3 -o gatt -
+    """
+
+    constraints: list[str] = flag(default=[], help="constraint records; may be repeated", complete="file")
+    ask: list[str] = flag(
+        default=[], metavar="KIND", help="ask the policy for a list: hobby, language or figure; may be repeated"
+    )
+    ask_lists: int = flag(default=4, help="lists that it is asked for, of each kind", low=1)
+    asked: str | None = flag(default=None, help="write the constraints that it named to this file", complete="file")
+    policy: str = flag(help="the model that answers: an HF folder, step folder or run folder", complete="checkpoint")
+    endpoint: str | None = flag(
+        default=None,
+        metavar="URL",
+        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp) for --policy, a name that it serves",
+    )
+    tokenizer: str | None = flag(
+        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
+    )
+    samples: int = flag("-k", default=1, help="instructions for each dialogue, each with answers of its own", low=1)
+    combine: float = flag(default=0.5, help="probability that an instruction is a combination", low=0, high=1)
+    most: int = flag(default=3, help="constraints in a combination at most, each of another kind", low=2)
+    shorten: float = flag(  # Llama 2, section 3.3: "half of the time"
+        default=0.5, help="probability that the short forms are kept (Figure: Napoleon.)", low=0, high=1
+    )
+    place: Literal["first", "system"] = flag(
+        default="first", help="where the instruction stays: in the first user message, or in the system message"
+    )
+    expand: bool = flag(default=False, help="of N turns make N records, each of which trains its own last answer")
+    join: int | None = flag(
+        default=None, low=2, metavar="N", help="join the user turns of dialogues that follow each other up to N turns"
+    )
+    turns: int | None = flag(default=None, low=1, help="turns of a dialogue at most (default: all)")
+    min_turns: int = flag(default=1, low=1, help="leave out, and count, dialogues with fewer turns")
+    turn_window: int | None = flag(
+        default=None, low=1, help="show the policy the first and the last so many turns (default: all that fit)"
+    )
+    check: bool = flag(default=False, help="leave out records with an answer that breaks a constraint's check")
+    rm: str | None = flag(default=None, help="a reward model, which leaves out answers", complete="checkpoint")
+    rm_threshold: float | None = flag(
+        default=None, low=0, high=1, help="with --rm: leave out what scores less, from 0 to 1"
+    )
+    rm_keep: float | None = flag(default=None, low=0, high=1, help="with --rm: the share of the best that is kept")
+    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
+    keep_truncated: bool = flag(default=False, help="answers that were cut may be trained too, without an end")
+    temperature: float | None = flag(
+        default=None, help="0 is greedy; when not given the model's generation_config.json decides, else 0.6", low=0
+    )
+    top_p: float | None = flag(
+        default=None,
+        help="draw from the likeliest tokens that hold this share; when not given as above, 0.9",
+        low=0,
+        high=1,
+    )
+    format: str = flag(default="auto", help="form of the records (auto: by their fields), as alpaca, sharegpt, oasst")
+    tags: Literal["refuse", "escape", "keep"] = flag(
+        default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
+    )
+    skip_long: bool = flag(
+        default=False, help="leave out, and count, dialogues whose first turn fills the context; else an error"
+    )
+    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
+    batch_tokens: int | None = flag(
+        default=None, low=1, help="tokens that are scored at the same time (default: 2048 on a CPU, 16384 on CUDA)"
+    )
+    window: int = flag(default=64, help="dialogues that are answered at once; a killed command loses no more", low=1)
+
+
+@dataclass
+class Kind:
+    """What became of the constraints of one kind."""
+
+    drawn: int = 0  # dialogues
+    kept: int = 0  # records
+    shortened: int = 0  # of these records
+    checked: int = 0  # answers
+    obeyed: int = 0  # of these answers
+
+
+@dataclass
+class Counts:
+    """What is told at the end, over all processes of a run: it goes into the journal."""
+
+    dialogues: int = 0
+    turns: int = 0
+    few: int = 0
+    cut: int = 0
+    unanswered: int = 0
+    made: int = 0
+    truncated: int = 0
+    broken: int = 0
+    poor: int = 0
+    kept: int = 0
+    shortened: int = 0
+    combined: int = 0
+    scored: int = 0
+    forgot: int = 0
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    masks: dict[str, int] = field(default_factory=dict)  # the mask report
+
+    @classmethod
+    def start(cls, state: dict[str, Any] | None) -> Counts:
+        """Nothing yet, or what an earlier process had counted."""
+        if state is None:
+            return cls()
+        return cls(**{**state, "kinds": {name: Kind(**kind) for name, kind in state["kinds"].items()}})
+
+    def state(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**vars(self), "kinds": {name: vars(kind) for name, kind in self.kinds.items()}}
+
+
+class Models(NamedTuple):
+    """Who answers, and who judges."""
+
+    policy: Voice
+    scorer: Scorer | None
+    server: RemoteEngine | None
+
+
+class Plan(NamedTuple):
+    """A dialogue to be answered: where it is from, what it is, and what it has to obey. sample: of its instructions."""
+
+    place: Place
+    record: Record
+    drawn: Drawn
+    sample: int
+
+
+@dataclass
+class Candidate:
+    """A record that may be written: the dialogue up to turn `turn`, of `rolled`, and its reward."""
+
+    plan: Plan
+    rolled: Rolled
+    turn: int
+    messages: list[Record]
+    reward: float | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the trained answer was cut."""
+        return self.rolled.truncated[self.turn - 1]
+
+
+def run(settings: Settings) -> None:
+    """Read dialogues, answer them window by window, write what is to be trained in their order."""
+    from llama2cli.sampling.load import settle_sampling
+    from llama2cli.sampling.remote import settle_remote_sampling
+    from llama2cli.sampling.samples import Tally
+
+    # 1. what is asked: the first dialogue is read, and the output opened, before a model is loaded
+    check(settings)
+    answers = settings.policy if settings.endpoint is None else settings.tokenizer or ""
+    folders = [resolve_model(answers) if settings.endpoint is None else Path(answers)]
+    folders += [resolve_model(settings.rm)] if settings.rm is not None else []
+    given = read_constraints(settings)
+    settle = settle_remote_sampling if settings.endpoint is not None else lambda *a: settle_sampling(answers, *a)
+    sampling = settle(settings.temperature, settings.top_p)
+    dialogues = some(read(settings), settings.files, "dialogues")
+    if settings.provenance:
+        inputs = [*settings.files, *settings.constraints, answers, *([settings.rm] if settings.rm else [])]
+        provenance.write(settings.provenance, settings, inputs)
+    with open_output(settings, sampling, paths=[*folders, *settings.constraints]) as out:
+        # 2. the models, and what they name when they are asked
+        models = load(settings, sampling)
+        state = out.state or {}
+        counts, done, tally = Counts.start(state.get("counts")), out.skip, Tally()
+        with models.server or nullcontext(), console.Progress("gatt-synth", unit="answers") as progress:
+            named = state["named"] if "named" in state else ask(models.policy, settings, progress)
+            drawn_from = settle_constraints([*given, *named], settings)
+            # 3. the dialogues
+            for window in windows(out.rest(dialogues), settings.window):
+                plans = plan(window, drawn_from, settings, counts)
+                rolled = answer(plans, models.policy, settings, tally, progress)
+                candidates = make(plans, rolled, models.policy, settings, counts)
+                candidates = chosen(candidates, models.scorer, settings, counts)
+                for record in records(candidates, models.policy, settings):
+                    out.write(record)
+                count(candidates, models.policy, settings, counts)
+                done += len(window)
+                out.commit(done, {"counts": counts.state(), "named": named})
+            write_asked(named, settings)
+    if models.server is not None:
+        models.server.forget()  # the output is complete: the server's answers need not be kept beside it
+    report(counts, tally, sampling, settings)
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def check(settings: Settings) -> None:
+    """Raise Misuse for flags that do not go together."""
+    if not settings.constraints and not settings.ask:
+        raise Misuse("nothing to obey: give --constraints FILE, or --ask KIND to have the policy name some")
+    if "-" in settings.constraints:
+        raise Misuse("stdin is for the dialogues; give a file", "--constraints")
+    for kind in settings.ask:
+        if kind not in lists.ASKED:
+            known = ", ".join(lists.ASKED)
+            raise Misuse(f'expected one of {known}, got "{kind}"; others come from --constraints', "--ask")
+    if settings.asked is not None and not settings.ask:
+        raise Misuse("nothing is asked: give --ask KIND", "--asked")
+    if settings.rm is None and (settings.rm_threshold is not None or settings.rm_keep is not None):
+        raise Misuse("there is no reward model: give --rm", "--rm-threshold/--rm-keep")
+    if settings.rm is not None and (settings.rm_threshold is None) == (settings.rm_keep is None):
+        raise Misuse("what does it keep? give --rm-threshold or --rm-keep", "--rm")
+    if (settings.endpoint is None) != (settings.tokenizer is None):
+        raise Misuse("--endpoint and --tokenizer go together: prompts are sent as token ids", "--endpoint")
+    if settings.turns is not None and settings.turns < max(settings.min_turns, settings.join or 0):
+        raise Misuse(f"{settings.turns} turns at most are fewer than --min-turns or --join ask for", "--turns")
+
+
+def read_constraints(settings: Settings) -> list[Record]:
+    """The constraints of --constraints."""
+    from llama2cli.measure.checkers import compile_check
+
+    if not settings.constraints:
+        return []
+    return lists.read_constraints(settings.constraints, compile=compile_check, max_line=settings.max_line)
+
+
+def read(settings: Settings) -> Iterator[tuple[Place, Record]]:
+    """The dialogues without their answers, joined where that is asked for."""
+    from llama2cli.sampling.turns import user_turns
+
+    read = read_dialogues(settings.files, format=settings.format, keep_empty=True, max_line=settings.max_line)
+    bare = ((place, {**record, "messages": user_turns(record["messages"])}) for place, record in read)
+    joined = join(bare, settings.join) if settings.join is not None else bare
+    return ((place, {**r, "messages": user_turns(r["messages"], settings.turns)}) for place, r in joined)
+
+
+def join(dialogues: Iterable[tuple[Place, Record]], n: int) -> Iterator[tuple[Place, Record]]:
+    """Dialogues that follow each other joined until they have n turns or more; the last may have fewer.
+
+    One with a system message, which is about itself, passes as it is. A joined one has the fields in which all agree,
+    and `joined`, how many they were.
+    """
+    held: list[Record] = []
+    place = Place("", 0)
+
+    def together() -> Record:
+        same = {k: v for k, v in held[0].items() if all(r.get(k) == v for r in held)}
+        return {**same, "messages": [m for r in held for m in r["messages"]], "joined": len(held)}
+
+    for where, record in dialogues:
+        if record["messages"][0]["role"] == "system":
+            yield where, record
+            continue
+        place = place if held else where
+        held.append(record)
+        if sum(len(r["messages"]) for r in held) >= n:
+            yield place, together()
+            held = []
+    if held:
+        yield place, together()
+
+
+def load(settings: Settings, sampling: Any) -> Models:
+    """The policy and the reward model."""
+    from llama2cli.sampling.load import load_engine
+    from llama2cli.sampling.remote import connect, journal_beside
+    from llama2cli.sampling.samples import Voice, policy_name
+    from llama2cli.sampling.scoring import Scorer
+
+    name, rows, server = settings.policy, settings.batch_size, None
+    if settings.endpoint is not None:
+        server, tokenizer = connect(
+            settings.endpoint,
+            settings.tokenizer or "",
+            model=name,
+            journal=journal_beside(settings.out),
+            concurrency=rows,
+        )
+        voice = Voice(server, tokenizer, name, *sampling)
+    else:
+        engine, tokenizer = load_engine(name, device=settings.device, dtype=settings.dtype, rows=rows)
+        voice = Voice(engine, tokenizer, policy_name(name), *sampling)
+    scorer = None
+    if settings.rm is not None:
+        scorer = Scorer.load(settings.rm, device=settings.device, dtype=settings.dtype, tokens=settings.batch_tokens)
+    return Models(voice, scorer, server)
+
+
+def ask(policy: Voice, settings: Settings, progress: console.Progress) -> list[Record]:
+    """The constraints that the policy names. Raises DataError where it names none of a kind."""
+    from llama2cli.sampling.samples import sample_records
+
+    found: list[Record] = []
+    for kind in dict.fromkeys(settings.ask):
+        question = {"role": "user", "content": lists.ASKED[kind].question.replace("{n}", str(lists.LENGTH))}
+        [samples] = sample_records(
+            [(Place(f"--ask {kind}", 1), {"messages": [question]})],
+            policy.engine,
+            policy.tokenizer,
+            k=settings.ask_lists,
+            temperature=policy.temperature,
+            top_p=policy.top_p,
+            seed=settings.seed,
+            max_new_tokens=settings.max_new_tokens,
+            policy=policy.policy,
+        )
+        names, n_useless = [], 0
+        for sample in samples:
+            good, useless = lists.parse_list(sample["messages"][-1]["content"], whole=not sample["truncated"])
+            names += good
+            n_useless += useless
+        made, twice = lists.of_names(kind, names)
+        if not made:
+            raise DataError(f"the policy named none in {len(samples)} lists; give --constraints", f"--ask {kind}")
+        progress.say(
+            f"{kind}: {len(made):,} named in {len(samples)} {'list' if len(samples) == 1 else 'lists'}, "
+            f"{twice:,} more than once, {n_useless:,} lines are no name"
+        )
+        found += made
+    return found
+
+
+def settle_constraints(constraints: list[Record], settings: Settings) -> list[Record]:
+    """The constraints to draw from, and a line about them. Raises Misuse for --check where none has a check."""
+    of_kind = lists.kinds(constraints)
+    notes = [f"{sum(of_kind.values()):,} ({', '.join(f'{kind} {n:,}' for kind, n in of_kind.items())})"]
+    if settings.combine and len(of_kind) == 1:
+        notes.append("all are of one kind: none are combined")
+    without = sum("short" not in c for c in constraints)
+    if settings.shorten and without:
+        notes.append(f"{without:,} have no short form")
+    unchecked = sum("check" not in c for c in constraints)
+    if settings.check and unchecked == len(constraints):
+        raise Misuse("no constraint has a check", "--check")
+    if settings.check and unchecked:
+        notes.append(f"{unchecked:,} have no check: --check leaves out nothing for them")
+    console.say("; ".join([f"constraints: {notes[0]}", *notes[1:]]))
+    return constraints
+
+
+# --- answers ------------------------------------------------------------------------------------------------------
+
+
+def plan(window: Window, constraints: list[Record], settings: Settings, counts: Counts) -> list[Plan]:
+    """What each dialogue of a window has to obey; those with too few turns are left out."""
+    from llama2cli.rlhf.gatt import draw
+
+    plans = []
+    for place, record in window:
+        turns = sum(m["role"] == "user" for m in record["messages"])
+        if turns < settings.min_turns:
+            leave_out(place, f"{turns} turns, --min-turns asks for {settings.min_turns}", "too few turns")
+            counts.few += 1
+            continue
+        for sample in range(settings.samples):
+            drawn = draw(
+                constraints,
+                seed=settings.seed,
+                dialogue=prompt_id(record["messages"]),
+                sample=sample,
+                combined=settings.combine,
+                most=settings.most,
+                shortened=settings.shorten,
+            )
+            plans.append(Plan(place, record, drawn, sample))
+    return plans
+
+
+def leave_out(place: Place, why: str, kind: str) -> None:
+    """Tell of a dialogue that gives nothing."""
+    console.warn(f"{place.file}:{place.line}: left out: {why}", f"dialogues left out: {kind}")
+
+
+def answer(
+    plans: Sequence[Plan], policy: Voice, settings: Settings, tally: Tally, progress: console.Progress
+) -> list[Rolled]:
+    """The dialogues with the policy's answers, given with the instruction before every user message."""
+    from llama2cli.rlhf.gatt import augment
+    from llama2cli.sampling.turns import roll_out
+
+    return roll_out(
+        [p.record["messages"] for p in plans],
+        policy.engine,
+        policy.tokenizer,
+        temperature=policy.temperature,
+        top_p=policy.top_p,
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        view=lambda i, messages: augment(messages, plans[i].drawn.instruction),
+        window=settings.turn_window,
+        samples=[p.sample for p in plans],
+        tags=settings.tags,
+        places=[p.place for p in plans],
+        skip_long=settings.skip_long,
+        tally=tally,
+        tick=ticker(tally, progress),
+    )
+
+
+def ticker(tally: Tally, progress: console.Progress) -> Callable[[Result], None]:
+    """What moves the bar by each answer that is finished."""
+    tokens = tally.tokens
+
+    def tick(result: Result) -> None:
+        nonlocal tokens
+        tokens += len(result.ids)
+        progress.advance(1, note=f"{tokens / (time.monotonic() - tally.began):,.0f} tokens/s")
+
+    return tick
+
+
+def make(
+    plans: Sequence[Plan], rolled: Sequence[Rolled], policy: Voice, settings: Settings, counts: Counts
+) -> list[Candidate]:
+    """What may be trained of the answered dialogues, each cut at a turn boundary to the context."""
+    from llama2cli.rlhf.gatt import rewrite
+
+    made = []
+    for p, r in zip(plans, rolled, strict=True):
+        counts.dialogues += 1
+        counts.turns += r.turns
+        counts.combined += len(p.drawn.constraints) > 1
+        for c in p.drawn.constraints:
+            counts.kinds.setdefault(c["kind"], Kind()).drawn += 1
+        dialogues = rewrite(r.messages, p.drawn.kept, place=settings.place, expand=True) if r.turns else []
+        fitting = [Candidate(p, r, turn, messages) for turn, messages in enumerate(dialogues, 1)]
+        while fitting and length(fitting[-1], policy, settings) > policy.engine.context:
+            fitting.pop()
+        if not fitting:
+            leave_out(p.place, "no turn fits into the context", "no turn fits into the context")
+            counts.unanswered += 1
+        elif len(fitting) < settings.min_turns:
+            leave_out(p.place, f"{len(fitting)} turns fit into the context", "too few turns")
+            counts.few += 1
+        else:
+            counts.cut += r.cut is not None or len(fitting) < r.turns
+            made += fitting if settings.expand else fitting[-1:]
+    counts.made += len(made)
+    return made
+
+
+def length(candidate: Candidate, policy: Voice, settings: Settings) -> int:
+    """The tokens of a record as sft will have them."""
+    encoded = encode_dialogue(
+        policy.tokenizer,
+        candidate.messages,
+        truncated=candidate.truncated,
+        tags="keep" if settings.tags == "keep" else "escape",
+        place=candidate.plan.place,
+    )
+    return len(encoded.ids)
+
+
+# --- which are kept -----------------------------------------------------------------------------------------------
+
+
+def chosen(
+    candidates: Sequence[Candidate], scorer: Scorer | None, settings: Settings, counts: Counts
+) -> list[Candidate]:
+    """The candidates that are written: not those whose answer was cut, that disobey, or that score badly. Counted."""
+    obeyed = obedience(candidates, counts)
+    kept = []
+    for c in candidates:
+        if c.truncated and not settings.keep_truncated:
+            counts.truncated += 1
+        elif settings.check and not all(obeyed[id(c.rolled)][: c.turn]):
+            counts.broken += 1
+        else:
+            kept.append(c)
+    if scorer is None:
+        return kept
+    score(kept, scorer, settings, counts)
+    good = rewarded(kept, settings, counts)
+    counts.poor += len(kept) - len(good)
+    return good
+
+
+def obedience(candidates: Sequence[Candidate], counts: Counts) -> dict[int, list[bool]]:
+    """For each answered dialogue, by its identity, whether each answer holds against the checks that there are."""
+    from llama2cli.measure.checkers import compile_check
+
+    found: dict[int, list[bool]] = {}
+    for c in candidates:
+        if id(c.rolled) in found:
+            continue
+        answers = [m["content"] for m in c.rolled.messages if m["role"] == "assistant"]
+        found[id(c.rolled)] = held = [True] * len(answers)
+        for constraint in c.plan.drawn.constraints:
+            if "check" not in constraint:
+                continue
+            obeys = compile_check(constraint["check"])
+            results = [obeys(text) for text in answers]
+            kind = counts.kinds[constraint["kind"]]
+            kind.checked += len(results)
+            kind.obeyed += sum(results)
+            held[:] = [a and b for a, b in zip(held, results)]
+    return found
+
+
+def score(candidates: Sequence[Candidate], scorer: Scorer, settings: Settings, counts: Counts) -> None:
+    """Give each candidate its reward: the score of the dialogue as the policy was shown it."""
+    from llama2cli.rlhf.gatt import augment, prefixes
+
+    tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
+    sequences = []
+    for c in candidates:
+        whole = list(prefixes(c.rolled.messages))[c.turn - 1]
+        shown = augment(whole, c.plan.drawn.instruction)
+        first = 1 if shown[0]["role"] == "system" else 0
+        while True:
+            ids = encode_dialogue(scorer.tokenizer, shown, truncated=c.truncated, tags=tags, place=c.plan.place).ids
+            if len(ids) <= scorer.context or len(shown) - first <= 2:
+                break
+            shown = shown[:first] + shown[first + 2 :]  # the instruction stands in the turns that are left
+        counts.forgot += len(shown) < len(whole)
+        sequences.append(ids[: scorer.context])
+    for c, reward in zip(candidates, scorer.score(sequences), strict=True):
+        c.reward = reward
+
+
+def rewarded(candidates: Sequence[Candidate], settings: Settings, counts: Counts) -> list[Candidate]:
+    """The candidates whose reward is high enough, in their order."""
+    from llama2cli.measure.rates import sigmoid
+
+    rewards = [c.reward or 0.0 for c in candidates]
+    before = counts.scored
+    counts.scored += len(candidates)
+    if settings.rm_threshold is not None:
+        return [c for c, reward in zip(candidates, rewards) if sigmoid(reward) >= settings.rm_threshold]
+    share = settings.rm_keep or 0.0
+    n = round(share * counts.scored) - round(share * before)
+    best = set(sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[:n])
+    return [c for i, c in enumerate(candidates) if i in best]
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def records(candidates: Sequence[Candidate], policy: Voice, settings: Settings) -> Iterator[Record]:
+    """The records that are written: Samples, ready for sft."""
+    from llama2cli.sampling.samples import passed_on
+
+    for c in candidates:
+        drawn, prompt = c.plan.drawn, c.messages[:-1]
+        kept = passed_on({**c.plan.record, "messages": prompt}, c.plan.place)
+        yield {
+            **kept,
+            "messages": c.messages,
+            "id": prompt_id(prompt),
+            "sample": c.plan.sample,
+            "policy": policy.policy,
+            "temperature": policy.temperature,
+            "seed": settings.seed,
+            "n_tokens": c.rolled.n_tokens[c.turn - 1],
+            "truncated": c.truncated,
+            **({} if c.reward is None else {"reward": c.reward}),
+            "gatt": {
+                "constraints": list(drawn.constraints),
+                "instruction": drawn.instruction,
+                "kept": drawn.kept,
+                "shortened": drawn.shortened,
+                "place": settings.place,
+                "turn": c.turn,
+            },
+        }
+
+
+def count(candidates: Sequence[Candidate], policy: Voice, settings: Settings, counts: Counts) -> None:
+    """Count what was written, and what of it is trained."""
+    from llama2cli.training import dialogues
+
+    for c in candidates:
+        drawn = c.plan.drawn
+        counts.kept += 1
+        counts.shortened += drawn.shortened
+        for constraint in drawn.constraints:
+            kind = counts.kinds[constraint["kind"]]
+            kind.kept += 1
+            kind.shortened += drawn.shortened and "short" in constraint
+    written = [(c.plan.place, {"messages": c.messages, "truncated": c.truncated}) for c in candidates]
+    masks = dialogues.add(
+        dialogues.Dialogues(),
+        policy.tokenizer,
+        written,
+        context=policy.engine.context,
+        tags="keep" if settings.tags == "keep" else "escape",
+        long="cut",
+    )
+    for name, value in vars(masks).items():
+        counts.masks[name] = counts.masks.get(name, 0) + value
+
+
+def write_asked(named: Sequence[Record], settings: Settings) -> None:
+    """The constraints that the policy named, where they are asked for."""
+    if settings.asked is None:
+        return
+    with Output(settings.asked, key="", resume=False, inputs=[*settings.files, *settings.constraints]) as out:
+        for record in named:
+            out.write(record)
+
+
+# --- telling ------------------------------------------------------------------------------------------------------
+
+
+def report(counts: Counts, tally: Tally, sampling: Any, settings: Settings) -> None:
+    """Tables and the closing lines on stderr."""
+    from llama2cli.measure.rates import interval, percent, rate
+    from llama2cli.training.dialogues import Report
+
+    rows = []
+    for name, kind in counts.kinds.items():
+        held = rate(kind.obeyed, kind.checked) if kind.checked else None
+        short = percent(rate(kind.shortened, kind.kept)) if kind.kept else ""
+        obeyed = [percent(held), interval(held)] if held else ["", ""]
+        rows.append([name, f"{kind.drawn:,}", f"{kind.kept:,}", short, f"{kind.checked:,}", *obeyed])
+    columns = ["constraints", "dialogues", "records", "short %", "answers checked", "obeyed %", "95%"]
+    console.table("", columns, rows)
+    console.say("")
+    Report(**counts.masks).show()
+    how = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+    console.say(tally.told(how, settings.max_new_tokens))
+    parts = [f"{counts.dialogues:,} dialogues, {counts.turns:,} turns answered, {counts.kept:,} records"]
+    if counts.kept:
+        parts.append(f"{counts.shortened:,} shortened ({counts.shortened / counts.kept:.1%})")
+    more = [
+        (counts.combined, "dialogues with a combination"),
+        (counts.cut, "dialogues cut at a turn boundary: the context ends"),
+        (counts.few, f"left out: fewer than {settings.min_turns} turns"),
+        (counts.unanswered, "left out: no turn fits into the context"),
+        (counts.truncated, "records left out: the trained answer was cut (--keep-truncated keeps such)"),
+        (counts.broken, "records left out: an answer disobeys"),
+        (counts.poor, "records left out by the reward model"),
+        (counts.forgot, "scored without their first turns, which the reward model's context does not hold"),
+    ]
+    console.say("; ".join(parts + [f"{n:,} {what}" for n, what in more if n]))
+    if not counts.kept:
+        console.warn("no record was written")
