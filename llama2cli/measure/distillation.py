@@ -1,6 +1,6 @@
 """What context distillation does to the scores of reward models (Fig. 16 of Llama 2, and Table 40 for helpful prompts).
 
-Scores are on the scale of `safe` and `help`, from 0 to 1. A prompt counts once: of its K samples on either side the mean.
+Scores are on the scale of `safe` and `help`, from 0 to 1. A prompt counts once, with the mean of its K samples.
 Intervals are the mean and 1.96 standard errors on either side, over prompts, which are drawn independently; gains are
 differences on the same prompts, so their intervals are those of paired differences. Shares have Wilson's.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,6 +97,84 @@ class Ledger:
         return cls(means, {k: list(v) for k, v in state["shares"].items()})
 
 
+class Outcome(NamedTuple):
+    """What became of one prompt.
+
+    scores: by reward model, K of the plain answers, then K under each lesson. kinds: of the lessons. kept: which
+    answers of the first lesson. best: which plain answer is the best by `by`, the score that gates or judges.
+    """
+
+    scores: dict[str, list[list[float]]]
+    kinds: list[str]
+    kept: list[int]
+    best: int = 0
+    by: str | None = None
+    gated: bool = True
+    groups: dict[str, str] = {}  # noqa: RUF012  category, attack
+
+    def means(self, name: str) -> list[float]:
+        """The mean score of the plain answers, and of those under each lesson."""
+        return [sum(of) / len(of) for of in self.scores[name]]
+
+    def plain(self, name: str) -> float:
+        """The score of the best plain answer."""
+        return self.scores[name][0][self.best]
+
+    def of_kept(self, name: str) -> float:
+        """The mean score of the answers that are kept."""
+        return sum(self.scores[name][1][i] for i in self.kept) / len(self.kept)
+
+
+def add_outcome(ledger: Ledger, outcome: Outcome) -> None:
+    """Count a prompt that is distilled."""
+    has = bool(outcome.kept)
+    ledger.mark("distill.kept", has)
+    ledger.mark("distill.kept", has, task=outcome.kinds[0])
+    for name, value in outcome.groups.items():
+        ledger.mark("distill.kept", has, **{name: value})
+    for name, scores in outcome.scores.items():
+        _add_means(ledger, f"distill.{name}", outcome, name)
+        if len(scores[0]) > 1:
+            ledger.add(f"distill.{name}", outcome.plain(name), task="best_plain")
+        if outcome.gated:
+            ledger.add(f"distill.{name}", outcome.of_kept(name) if has else outcome.plain(name), task="gated")
+    if outcome.by is None:
+        return
+    plain, *taught = outcome.means(outcome.by)
+    for kind, value in zip(outcome.kinds, taught):
+        ledger.add("distill.gain", value - plain, task=kind)
+    gain = outcome.of_kept(outcome.by) - outcome.plain(outcome.by) if has else 0.0
+    if has:
+        ledger.add("distill.gain", gain, task="kept")
+    if outcome.gated:
+        ledger.add("distill.gain", gain, task="gated")
+    ledger.add("distill.gain", taught[0] - plain, task=bin_of(plain))
+    ledger.mark("distill.kept", has, task=bin_of(plain))
+
+
+def add_harm(ledger: Ledger, outcome: Outcome) -> None:
+    """Count a prompt that is not adversarial: what distillation would do to it, judged by `help` where it is there."""
+    by = "help" if "help" in outcome.scores else outcome.by or ""
+    ledger.mark("harm.kept", bool(outcome.kept))
+    for name in outcome.scores:
+        _add_means(ledger, f"harm.{name}", outcome, name)
+    plain, *taught = outcome.means(by)
+    gains = {kind: value - plain for kind, value in zip(outcome.kinds, taught)}
+    if outcome.kept:
+        gains["kept"] = outcome.of_kept(by) - outcome.plain(by)
+    for task, gain in gains.items():
+        ledger.add("harm.gain", gain, task=task)
+        ledger.mark("harm.worse", gain < 0, task=task)
+
+
+def _add_means(ledger: Ledger, measure: str, outcome: Outcome, name: str) -> None:
+    for task, value in zip(["plain", *outcome.kinds], outcome.means(name)):
+        ledger.add(measure, value, task=task)
+    if outcome.kept:
+        ledger.add(measure, outcome.plain(name), task="kept_plain")
+        ledger.add(measure, outcome.of_kept(name), task="kept")
+
+
 def _key(measure: str, groups: dict[str, Any]) -> str:
     return json.dumps({"measure": measure, **{k: v for k, v in sorted(groups.items()) if v is not None}})
 
@@ -121,7 +199,7 @@ def tables(ledger: Ledger, scores: Sequence[str], judge: str | None) -> list[Tab
     out = []
     if any(ledger.point(f"distill.{name}", task="plain") for name in scores):
         out.append(arms(ledger, scores, judge))
-    if judge is not None and ledger.named("distill.kept", "task"):
+    if judge is not None and ledger.share("distill.kept")[1]:
         out.append(by_plain(ledger, judge))
     if len(ledger.named("distill.kept", "category")) > 0:
         out.append(by_category(ledger))
@@ -135,7 +213,7 @@ def arms(ledger: Ledger, scores: Sequence[str], judge: str | None) -> Table:
     rows = []
     for task in ARMS:
         found = [ledger.point(f"distill.{name}", task=task) for name in scores]
-        if not any(found) or (task in ("best_plain", "kept_plain") and not ledger.point("distill.safe", task="kept")):
+        if not any(found):
             continue
         n = next(f[1] for f in found if f)
         gain = ledger.point("distill.gain", task=task)
@@ -148,7 +226,7 @@ def arms(ledger: Ledger, scores: Sequence[str], judge: str | None) -> Table:
 def by_plain(ledger: Ledger, judge: str) -> Table:
     """A row for each bin of the plain score: what the teacher gains there, and the share kept (Fig. 16b)."""
     rows = []
-    for task in ledger.named("distill.kept", "task"):
+    for task in (name for name in ledger.named("distill.kept", "task") if name.startswith("plain ")):
         gain = ledger.point("distill.gain", task=task)
         share = rate(*ledger.share("distill.kept", task=task))
         rows.append([task.removeprefix("plain "), f"{share['n']:,}", gain[0].shown() if gain else "", percent(share)])

@@ -120,14 +120,14 @@ def with_system(record: Record, system: str | None) -> Record:
     return {**record, "messages": [{"role": "system", "content": system}, *record["messages"]]}
 
 
-def fits(ids: Sequence[int], context: int, place: Place, *, skip: bool, tally: Tally) -> bool:
+def fits(ids: Sequence[int], context: int, place: Place, *, skip: bool, tally: Tally, what: str = "the prompt") -> bool:
     """Whether a prompt leaves room in the context for an answer; one that does not is counted.
 
-    Raises DataError for it unless `skip`.
+    what: it is called so. Raises DataError for it unless `skip`.
     """
     if len(ids) < context:
         return True
-    complaint = f"the prompt has {len(ids):,} tokens, the context of the model is {context:,}"
+    complaint = f"{what} has {len(ids):,} tokens, the context of the model is {context:,}"
     if not skip:
         raise DataError(f"{complaint}; shorten it, or leave such prompts out with --skip-long", *place)
     console.warn(f"{place.file}:{place.line}: left out: {complaint}", "prompts left out that fill the context")
