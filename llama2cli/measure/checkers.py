@@ -34,9 +34,8 @@ WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 SENTENCE_END = re.compile(
     r"[.!?\u2026]+[\"'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uff01\uff1f]|\n\s*\n|\n(?=\s*(?:[-*\u2022]|\d+[.)])\s)"
 )
-ABBREVIATION = re.compile(
-    r"(?:\b(?:mr|mrs|ms|dr|prof|st|vs|etc|e\.g|i\.e|no|jr|sr)|\b[A-Z]|^\s*\d+)$", re.IGNORECASE | re.MULTILINE
-)
+ABBREVIATION = re.compile(r"(?:\b(?i:mr|mrs|ms|dr|prof|st|vs|etc|e\.g|i\.e|jr|sr)|\b[A-HJ-Z]|^\s*\d+)$", re.MULTILINE)
+NUMBER_FOLLOWS = re.compile(r"\bNo$")  # No. 5
 EMOJI = re.compile(
     "[\u2190-\u21ff\u2300-\u27bf\u2900-\u297f\u2b00-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
 )
@@ -276,9 +275,12 @@ def sentences_of(text: str) -> list[str]:
     """
     found, start = [], 0
     for end in SENTENCE_END.finditer(text):
-        if end[0] in ("...", "\u2026") and text[end.end() :].lstrip()[:1].islower():
+        before, after = text[max(0, end.start() - 12) : end.start()], text[end.end() :].lstrip()
+        if end[0] in ("...", "\u2026") and after[:1].islower():
             continue
-        if end[0] == "." and ABBREVIATION.search(text[: end.start()][-12:]) and text[end.end() :].strip():
+        if end[0] == "." and after and ABBREVIATION.search(before):
+            continue
+        if end[0] == "." and after[:1].isdigit() and NUMBER_FOLLOWS.search(before):
             continue
         found.append(text[start : end.end()])
         start = end.end()

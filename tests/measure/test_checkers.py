@@ -45,7 +45,8 @@ CASES = [
         {"predicate": "max_sentences", "n": 1},
         ["Dr. Smith lives at No. 5, St. James St., e.g. in London.", "It costs 3.50 dollars", HAIKU.split("\n")[1],
          "J. R. R. Tolkien wrote it.", "Wait... what?", "A verse\nover two lines.", "Is it? "],
-        ["Yes. No.", "Why? Because!", "One\n\nTwo", "- a fox\n- a dog", "你好。再见。", 'He said "no." She left.'],
+        ["Yes. No.", "The answer is no. Go on.", "It is I. Who else?", "Why? Because!",
+         "One\n\nTwo", "- a fox\n- a dog", "你好。再见。", 'He said "no." She left.'],
     ),
     ({"predicate": "lines", "n": 3}, [HAIKU, "a\n\nb\nc\n"], ["a b c", "a\nb\nc\nd"]),
     (
@@ -71,7 +72,7 @@ def test_answers(check, obeying, others):
     obeys = compile_check(check)
     assert [a for a in obeying if not obeys(a)] == []
     assert [a for a in others if obeys(a)] == []
-    constraint({"kind": "k", "instruction": "i", "check": check}, predicates=PREDICATES)  # the reader takes it
+    constraint({"kind": "k", "instruction": "i", "check": check}, compile=compile_check)  # the reader takes it
 
 
 def test_every_predicate_has_cases_and_says_what_it_sees():
