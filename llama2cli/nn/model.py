@@ -72,10 +72,11 @@ class Llama(nn.Module):
     """The language model, or a reward model. Parameters are not initialised: call `init_weights`, or load a checkpoint.
 
     scorer: instead of the output table there is one row, `score` [1, D], without a bias (Llama 2, section 3.2.2).
+    value_head: that row stands beside the table, for the value of a state in PPO on the policy's own trunk.
     checkpoint_layers: keep only the residual stream between layers and recompute the rest in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, *, scorer: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, scorer: bool = False, value_head: bool = False) -> None:
         super().__init__()
         self.config, self.scorer = config, scorer
         self.checkpoint_layers = False
@@ -84,7 +85,7 @@ class Llama(nn.Module):
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
         own_head = not config.tie_word_embeddings and not scorer
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)) if own_head else None
-        self.score = nn.Parameter(torch.empty(1, config.hidden_size)) if scorer else None
+        self.score = nn.Parameter(torch.empty(1, config.hidden_size)) if scorer or value_head else None
         self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def forward(
@@ -140,7 +141,7 @@ class Llama(nn.Module):
         return ops.linear(hidden, self.head_weight())
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """The scalar of hidden states [..., D]: [...] in fp32, under autocast too. Raises ValueError for an LM."""
+        """The scalar of hidden states [..., D]: [...] in fp32, under autocast too. Raises ValueError where there is none."""
         if self.score is None:
             raise ValueError("a language model has no score")
         return (hidden.float() * self.score[0].float()).sum(-1)

@@ -244,8 +244,10 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
     0 where all returns are the same.
     """
-    of_returns = moments(returns, mask)
-    if of_returns.deviation <= ROUNDING * (1 + abs(of_returns.mean)):
-        return 0.0
-    left = moments(at_least_fp32(returns) - at_least_fp32(values), mask)
-    return 1 - left.squares / of_returns.squares
+    return explained(moments(returns, mask), moments(at_least_fp32(returns) - at_least_fp32(values), mask))
+
+
+def explained(returns: Moments, left: Moments) -> float:
+    """Explained variance from the moments of the returns and of returns less values."""
+    equal = returns.deviation <= ROUNDING * (1 + abs(returns.mean))
+    return 0.0 if equal else 1 - left.squares / returns.squares

@@ -21,6 +21,7 @@ def build(
     *,
     objective: Callable[[Llama], nn.Module],
     scorer: bool = False,
+    value_head: bool = False,
     weights: Path | None,
     seed: int,
     dtype: torch.dtype,
@@ -30,12 +31,12 @@ def build(
     """The model with fp32 weights on this rank's device, and the loss around it, whose forward is to be called.
 
     objective: makes the loss of a model. scorer: a scalar head in place of the language model's; where the checkpoint
-    has none it is drawn from `seed`. weights: a checkpoint's folder, None to draw them from `seed`. dtype: of the
-    arithmetic. A sharded model is sharded before it has values, so no rank holds all of it. Raises DataError for a
-    checkpoint of another shape.
+    has none it is drawn from `seed`. value_head: a scalar head beside it, which starts as 0. weights: a checkpoint's
+    folder, None to draw them from `seed`. dtype: of the arithmetic. A sharded model is sharded before it has values, so
+    no rank holds all of it. Raises DataError for a checkpoint of another shape.
     """
     with torch.device("meta"):
-        model = Llama(config, scorer=scorer)
+        model = Llama(config, scorer=scorer, value_head=value_head)
     model.checkpoint_layers = checkpointing
     loss = objective(model)
     if compile:
@@ -47,4 +48,6 @@ def build(
         model.init_weights(seed)
     elif not checkpoint.load_into(model, weights) and scorer:
         model.init_score(seed)
+    if value_head:
+        model.init_score(std=0.0)
     return model, loss

@@ -93,6 +93,24 @@ def sums(here: World, values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def most(here: World, value: int) -> int:
+    """The largest of the ranks' numbers; the same on every rank."""
+    if here.size == 1:
+        return value
+    largest = torch.tensor(value, device=here.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def side_by_side(here: World, values: Sequence[float]) -> list[list[float]]:
+    """The numbers of all ranks, by rank; each has as many. The same on every rank."""
+    n = len(values)
+    flat = [0.0] * (n * here.size)
+    flat[n * here.rank : n * (here.rank + 1)] = values
+    flat = sums(here, flat)
+    return [flat[n * r : n * (r + 1)] for r in range(here.size)]
+
+
 def barrier(here: World) -> None:
     """Wait until every rank is here."""
     if here.size > 1:

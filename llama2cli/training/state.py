@@ -69,12 +69,19 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / FOLDER / f"rank-{rank:05d}.safetensors"
 
 
-def moments(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by name ("embed.exp_avg"), and the step that AdamW counts by parameter."""
-    found = {}
+def moments(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, weights: bool = False, prefix: str = ""
+) -> dict[str, Tensor]:
+    """The optimizer's tensors by name ("embed.exp_avg"), and the step that AdamW counts by parameter.
+
+    weights: with the weights themselves. prefix: of the names, for a second model.
+    """
+    found: dict[str, Tensor] = {}
     for name, param in named.items():
         for key, value in optimizer.state.get(param, {}).items():
-            found[f"{name}.{key}"] = value
+            found[f"{prefix}{name}.{key}"] = value
+        if weights:
+            found[f"{prefix}{name}.weight"] = param
     return found
 
 
@@ -101,9 +108,7 @@ def save(
     named: the parameters that train. weights: keep fp32 weights too. extra: tensors that a stage adds.
     """
     (folder / FOLDER).mkdir(exist_ok=True)
-    tensors = moments(named, optimizer) | random_state(world.device) | dict(extra or {})
-    if weights:
-        tensors |= {f"{name}.weight": p for name, p in named.items()}
+    tensors = moments(named, optimizer, weights=weights) | random_state(world.device) | dict(extra or {})
     write_arrays(rank_file(folder, world.rank), OnCpu(tensors))
     machine = {"ranks": world.size, "threads": torch.get_num_threads(), "kernels": ops.choices()}
     if world.first:
@@ -158,7 +163,24 @@ def restore(
     torch.set_rng_state(random["random.cpu"])
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(random["random.cuda"], world.device)
-    for name, param in named.items():
+    put_back(path, tensors, named, optimizer)
+    return tensors
+
+
+@torch.no_grad()
+def put_back(
+    path: Path,
+    tensors: dict[str, Tensor],
+    named: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    prefix: str = "",
+) -> None:
+    """Take the moments, and fp32 weights where they are there, of these parameters out of tensors of a rank's file.
+
+    prefix: of the names, for a second model. Raises DataError where they do not fit.
+    """
+    for param_name, param in named.items():
+        name = prefix + param_name
         own = {k.removeprefix(f"{name}."): tensors.pop(k) for k in list(tensors) if k.rpartition(".")[0] == name}
         weight = own.pop("weight", None)
         if weight is not None:
@@ -166,7 +188,6 @@ def restore(
             local(param).copy_(weight)
         if own:
             optimizer.state[param] = {k: placed(path, f"{name}.{k}", v, param) for k, v in own.items()}
-    return tensors
 
 
 def placed(path: Path, name: str, value: Tensor, param: nn.Parameter) -> Tensor:
