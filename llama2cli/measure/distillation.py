@@ -12,6 +12,8 @@ Tasks, the arms of Fig. 16:
     kept         the answers that the gate let through, which are trained on
     kept_plain   the best plain answers to the same prompts
     gated        kept where there is one, else the best plain answer, over all prompts; and `best_plain` over the same
+
+The gain of template_over_preprompt is that of the one over the other, on the same prompts.
 """
 
 from __future__ import annotations
@@ -143,6 +145,8 @@ def add_outcome(ledger: Ledger, outcome: Outcome) -> None:
     plain, *taught = outcome.means(outcome.by)
     for kind, value in zip(outcome.kinds, taught):
         ledger.add("distill.gain", value - plain, task=kind)
+    if len(taught) > 1:
+        ledger.add("distill.gain", taught[0] - taught[1], task="template_over_preprompt")
     gain = outcome.of_kept(outcome.by) - outcome.plain(outcome.by) if has else 0.0
     if has:
         ledger.add("distill.gain", gain, task="kept")
@@ -219,6 +223,8 @@ def arms(ledger: Ledger, scores: Sequence[str], judge: str | None) -> Table:
         gain = ledger.point("distill.gain", task=task)
         cells = [f[0].shown() if f else "" for f in found]
         rows.append([SAID[task], f"{n:,}", *cells, *([f"{gain[0].shown()}" if gain else ""] if judge else [])])
+    if over := ledger.point("distill.gain", task="template_over_preprompt"):
+        rows.append(["template over preprompt", f"{over[1]:,}", *("" for _ in scores), over[0].shown()])
     last = [f"gain in {judge}"] if judge else []
     return "means over prompts (scores from 0 to 1)", ["answers", "prompts", *scores, *last], rows
 

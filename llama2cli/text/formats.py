@@ -18,6 +18,7 @@ Where a form leaves open what is meant, this is what we take:
   preference of exactly 1 or 2 has no strength unless its annotator's name says "weighted".
 * PandaLM: the majority of three annotators; all agree: significantly, two and a tie: better, two to one: slightly.
 * prompt/completion: only the completion is trained; "<|endoftext|>" at its end is taken off.
+* What makes a dialogue of a fact with dates is named in text/temporal.py.
 * XSTest's answers are labelled 1 where they refuse, wholly or in part.
 """
 
@@ -48,6 +49,7 @@ from llama2cli.text.records import (
     take_turns,
 )
 from llama2cli.text.streams import MAX_LINE, Place, decode, read_json
+from llama2cli.text.temporal import UNDECIDED, Fact, case_of
 
 KEPT = ("id", "source", "batch", "rating", "safety", "unsafe", "category", "attack")  # fields that stay
 NO_INPUT = re.compile(r"\W*no ?input\W*", re.IGNORECASE)
@@ -276,6 +278,15 @@ def _self_instruct(task: SelfInstruct, record: Record) -> Made:
         yield LeftOut("the task has no instances")
     for instance in task.instances:
         yield _answered([_user(_joined(task.instruction, instance.input))], instance.output, record)
+
+
+def _temporal(_: Fact, record: Record) -> Made:
+    case = case_of(record)
+    if case is None:
+        yield LeftOut(UNDECIDED)
+        return
+    dates = {name: str(record[name]) for name in ("event_date", "query_date")}
+    yield {"messages": case.dialogue(), **dates, **_kept(record)}
 
 
 class Node(Struct):
@@ -731,6 +742,7 @@ DIALOGUES = (
     _form("alpaca", Answered, _answered_task),
     _form("self-instruct", SelfInstruct, _self_instruct),
     _form("prompt-completion", Completion, _completion),
+    _form("temporal", Fact, _temporal),
 )
 COMPARISONS = (
     Form("comparison", frozenset({"chosen", "rejected"}), None, _ours,
@@ -748,7 +760,7 @@ COMPARISONS = (
     _form("oasst", Tree, _oasst_pairs, when=lambda r: isinstance(r["prompt"], dict)),
 )  # fmt: skip
 LABELLED = (
-    *(_labelled(form) for form in DIALOGUES if form.shape not in (ConversationPair, Tree, SelfInstruct)),
+    *(_labelled(form) for form in DIALOGUES if form.shape not in (ConversationPair, Tree, SelfInstruct, Fact)),
     _form("xstest", XSTest, _xstest),
     _form("judge", Judged, _judged),
 )
