@@ -42,6 +42,7 @@ COMMANDS = {
     "eval reward-model": "accuracy, calibration and threshold of reward models",
     "eval temporal": "whether a model knows what has happened by the date of the question",
     "eval agreement": "how far raters agree: Gwet's AC1 and AC2, and others beside them",
+    "eval violation": "how often answers violate, by human judgement",
 }
 GROUPS = {
     "eval": "the paper's measurements, a command each",
