@@ -201,7 +201,8 @@ Found = dict[tuple[str, str], Agreement]  # by (coefficient, weights): ("ac2", "
 
 def evaluate(items: Sequence[Item], scale: Scale, kinds: Sequence[str]) -> Found:
     """Every coefficient with each kind of weights."""
-    counts_NQ, found = counts(items, scale), {}
+    counts_NQ = counts(items, scale)
+    found: Found = {}
     for kind in kinds:
         weights_QQ = weights(kind, scale.values)
         for name, coefficient in COEFFICIENTS.items():
@@ -352,10 +353,9 @@ def rater_table(found: Report) -> Table:
     for item in found.items:
         for rater, score in item.ratings.items():
             mine = same.setdefault(rater, [0.0] * 4)
-            others = len(item.ratings) - 1
             mine[0] += 1
             mine[1] += sum(s == score for s in item.scores) - 1
-            mine[2] += others
+            mine[2] += len(item.ratings) - 1
             mine[3] += found.scale.values[found.scale.number(score)]
     if len(same) < 3:
         return "", [], []

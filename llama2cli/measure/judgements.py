@@ -194,12 +194,12 @@ def told(place: Place, here: Place) -> str:
 
 
 def observed_scale(items: Iterable[Item]) -> Scale:
-    """The categories that occur, in order. Raises DataError for a single one."""
+    """The categories that occur in items (there are some), in order. Raises DataError for a single one."""
     found = {score for item in items for score in item.scores}
     if len(found) < 2:
-        what = f'"{next(iter(found))}"' if found else "nothing"
+        what = ", ".join(f'"{c}"' if isinstance(c, str) else f"{c:g}" for c in found)
         raise DataError(f"every rating is {what}: --scale names the categories that there are besides")
-    return Scale(tuple(sorted(found, key=lambda c: c)))
+    return Scale(tuple(sorted(found)))  # all numbers, or all words
 
 
 def by_group(items: Iterable[Item], name: str) -> tuple[dict[Any, list[Item]], int]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Measuring):
-    """How far raters agree: Gwet's AC1 and AC2, Fleiss' kappa, Krippendorff's alpha, Brennan-Prediger, percent agreement.
+    """How far raters agree: Gwet's AC1 and AC2, Fleiss' kappa, Krippendorff's alpha, and others.
 
     A judgement is {"item": ..., "rater": ..., "score": ...}; ratings that are missing are judgements that are not
     there. Items of two models, rounds, batches or tasks are different items. Each coefficient comes with its standard
