@@ -103,12 +103,12 @@ def policy_name(path: str, parts: int = 1) -> str:
     return "/".join(given.parts[1:][-(parts + given.name.startswith("step-")) :])
 
 
-def policy_names(first: str, second: str) -> tuple[str, str]:
-    """The names of two models: of absolute paths as many last parts as tell the two apart."""
+def policy_names(*paths: str) -> tuple[str, ...]:
+    """The names of several models: of absolute paths as many last parts as tell them apart."""
     parts = 1
     while True:
-        names = (policy_name(first, parts), policy_name(second, parts))
-        if names[0] != names[1] or parts > max(len(Path(path).parts) for path in (first, second)):
+        names = tuple(policy_name(path, parts) for path in paths)
+        if len(set(names)) == len(paths) or parts > max(len(Path(path).parts) for path in paths):
             return names
         parts += 1
 

@@ -12,7 +12,7 @@ Choices where the paper is silent:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llama2cli.sampling.sampler import SampleParams
@@ -63,6 +63,32 @@ def user_turns(messages: Sequence[Record], turns: int | None = None, *, cycle: b
     if cycle and users:
         users = users * -(-turns // len(users))
     return system + users[:turns]
+
+
+def join_turns(dialogues: Iterable[tuple[Place, Record]], n: int) -> Iterator[tuple[Place, Record]]:
+    """Dialogues of user messages that follow each other, joined up to n turns or more; the last may have fewer.
+
+    One with a system message, which is about itself, passes as it is. A joined one has the fields in which all agree,
+    and `joined`, how many they were.
+    """
+    held: list[Record] = []
+    place = Place("", 0)
+
+    def together() -> Record:
+        same = {k: v for k, v in held[0].items() if all(r.get(k) == v for r in held)}
+        return {**same, "messages": [m for r in held for m in r["messages"]], "joined": len(held)}
+
+    for where, record in dialogues:
+        if record["messages"][0]["role"] == "system":
+            yield where, record
+            continue
+        place = place if held else where
+        held.append(record)
+        if sum(len(r["messages"]) for r in held) >= n:
+            yield place, together()
+            held = []
+    if held:
+        yield place, together()
 
 
 def recent(messages: Sequence[Record], window: int | None) -> list[Record]:

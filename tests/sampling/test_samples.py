@@ -248,3 +248,9 @@ def test_the_name_of_a_policy_is_as_given_but_not_absolute(given, name):
 )
 def test_two_models_have_two_names(first, second, names):
     assert policy_names(first, second) == names
+
+
+def test_three_models_have_three_names():
+    assert policy_names("/a/run", "/b/run", "/b/chat") == ("a/run", "b/run", "b/chat")
+    assert policy_names("a", "/x/b", "/y/c") == ("a", "b", "c")
+    assert policy_names("/a/run") == ("run",)
