@@ -34,6 +34,7 @@ COMMANDS = {
     "gatt-synth": "dialogues for Ghost Attention: an instruction that stands in them once, obeyed in every turn",
     "distill": "answers given under a template, to be learnt without it; --preset safety is the paper's",
     "ppo": "train a chat model against reward models",
+    "redteam-score": "what red teaming found: gamma by round, and what a new model mitigates",
     "chat": "a conversation in the terminal",
     "convert": "Meta checkpoints to Hugging Face folders and back",
     "plan": "memory, time, GPU-hours and tCO2 before you spend them",
