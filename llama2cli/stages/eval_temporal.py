@@ -80,9 +80,9 @@ def run(settings: Settings) -> None:
                 right = survey.add(answer, case.gold, case.after, record.get("source"))
                 if kept is not None:
                     kept.write(shown(record, case, answer, path) | {"correct": right})
-    found = [
-        r for path, survey in surveys.items() for r in temporal.records(survey, **({"model": path} if path else {}))
-    ]
+    found = [r for path, survey in surveys.items() for r in temporal.records(survey, model=path or None)]
+    if not found:
+        raise DataError("every question was left out", ", ".join(settings.files) or "stdin")
     flow.deliver(settings, temporal.tables(surveys), found, [*settings.files, *settings.model])
     alone = [side for side in temporal.SIDES if not any(s.sides[side].n for s in surveys.values())]
     if alone:

@@ -461,7 +461,8 @@ def _explain(error: str, record: Any, shape: type[Struct]) -> tuple[str, str]:
     path = path.strip("`$.")
     there, expected = _value_at(record, path), _type_at(shape, path)
     if lacks := re.fullmatch(r"Object missing required field `(.*)`", message):
-        return path, missing(lacks[1], list(there))
+        taken = getattr(expected, "__struct_encode_fields__", ())  # a field that has its own name is not misspelt
+        return path, missing(lacks[1], [name for name in there if name not in taken])
     if get_origin(expected) is Literal:
         allowed = [str(value) for value in get_args(expected)]
         close = did_you_mean(there, allowed) if isinstance(there, str) else ""

@@ -20,12 +20,12 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import MAXYEAR, date, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from msgspec import Struct
 
 from llama2cli.errors import DataError
-from llama2cli.text.records import Record, Wrong, conform, take_turns
+from llama2cli.text.records import Message, Record, Wrong, conform, take_turns
 from llama2cli.text.streams import MAX_LINE, Place, decode, read_json
 
 SYSTEM = "Today is {date}."
@@ -52,7 +52,7 @@ class Fact(Struct):
 class Dated(Struct):
     """The same with somebody's answer as the last of its messages."""
 
-    messages: list[Any]
+    messages: list[Message]
     answer: str | list[str]
     event_date: str | int
     query_date: str | int
@@ -76,9 +76,9 @@ def read_date(value: str | int, field: str) -> Span:
     found = DATE.fullmatch(str(value).strip())
     if not found:
         raise Wrong(field, f'expected a date as 2023-07-18, 2023-07 or 2023, got "{str(value)[:40]}"')
-    year, month, day = (int(part) if part else None for part in found.groups())
+    year, month, day = (None if part is None else int(part) for part in found.groups())
     try:
-        first = date(year or 0, month or 1, day or 1)
+        first = date(year or 0, 1 if month is None else month, 1 if day is None else day)
     except ValueError:
         raise Wrong(field, f'there is no such date as "{value}" (years are 1 to {MAXYEAR})') from None
     if day is not None:

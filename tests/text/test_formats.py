@@ -139,6 +139,8 @@ DIALOGUES = [
     ("prompt-completion", {"prompt": [system("s"), user("1"), answer("2"), user("3")], "completion": [answer("4")]},
      [talk(system("s"), user("1"), answer("2", weight=0), user("3"), answer("4"))]),
     ("prompt-completion", {"prompt": [Q], "completion": "a"}, [talk(*QA)]),
+    ("temporal", {"question": "q", "answer": "a", "event_date": 2020, "query_date": "2021-02", "source": "s"},
+     [talk(system("Today is February 2021."), Q, answer("a"), event_date="2020", query_date="2021-02", source="s")]),
     ("self-instruct", {"id": "seed_0", "name": "n", "instruction": "Add.", "is_classification": False,
                        "instances": [{"input": "1 2", "output": "3"}, {"input": "", "output": "?"},
                                      {"input": "2 2", "output": " "}]},
