@@ -225,7 +225,7 @@ def attention_records(
 
 @dataclass
 class Attention:
-    """By turn what each dialogue paid to its instruction, and the map of the first of them: a row for each turn."""
+    """By turn what each dialogue paid to its instruction, and the map of the first of the longest, a row for a turn."""
 
     paid: dict[int, list[float]] = field(default_factory=dict)
     bins: list[list[Any]] = field(default_factory=list)
@@ -236,7 +236,7 @@ class Attention:
         """The records of one dialogue."""
         for record in turns:
             self.paid.setdefault(record["turn"], []).append(record["attention"])
-        if not self.rows and turns:
+        if len(turns) > len(self.rows):
             self.bins, self.obeyed = turns[-1]["bins"], list(obeyed[: len(turns)])
             self.rows = [np.max(record["map"], 0).tolist() for record in turns]
 

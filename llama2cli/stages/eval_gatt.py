@@ -55,7 +55,7 @@ class Settings(Filter, Compute):
     ones are told apart.
 
     The tables go to stderr, metric records to --out, the answered dialogues to --rolled, and to --attention what the
-    answers attend to, by turn and in bins of neighbouring tokens (Fig. 10), with a picture of the first dialogue.
+    answers attend to, by turn and in bins of neighbouring tokens (Fig. 10), with a picture of one dialogue.
 
     Example:
       llama2 eval gatt examples/data/chat.jsonl --join 4 --constraints examples/data/constraints.jsonl --each 1 \\
@@ -603,7 +603,7 @@ def report(found: dict[str, Found], tallies: Sequence[Tally], sampling: Sequence
         attention = {name: f.attention for name, f in found.items() if f.attention.paid}
         console.tables([*made, *([gatt.attention_table(attention)] if attention else [])])
         for name, a in attention.items():
-            console.say(f"{name}: what each answer of the first dialogue attends to (i instruction, u user, a answer)")
+            console.say(f"{name}: what each answer of a dialogue attends to (i instruction, u user, a answer)")
             console.say("\n".join(gatt.picture(a)) + "\n")
     for (name, f), tally, s in zip(found.items(), tallies, sampling, strict=True):
         parts = [f"{name}: {f.dialogues:,} dialogues, {f.answers:,} answers judged"]
