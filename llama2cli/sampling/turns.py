@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from llama2cli.sampling.sampler import SampleParams
 from llama2cli.sampling.samples import AnyEngine, Tally, Tick, answer_text, fits
-from llama2cli.text.chat import Tags, encode_conversation
+from llama2cli.text.chat import Tags, encode_conversation, encode_dialogue
 from llama2cli.text.records import Record
 from llama2cli.text.streams import Place
 from llama2cli.text.tokenizer import Tokenizer
@@ -99,6 +99,29 @@ def recent(messages: Sequence[Record], window: int | None) -> list[Record]:
     begin = 1 if messages[0]["role"] == "system" else 0
     first, rest = list(messages[: begin + 2]), list(messages[begin + 2 :])
     return first + rest if window is None else first + rest[max(0, len(rest) - (2 * window - 1)) :]
+
+
+def encode_recent(
+    tokenizer: Tokenizer,
+    messages: Sequence[Record],
+    context: int,
+    *,
+    truncated: bool = False,
+    tags: Tags = "escape",
+    place: Sequence[object] = (),
+) -> tuple[list[int], bool]:
+    """The ids of an answered dialogue for a reward model, and whether first turns were left out to fit its context.
+
+    For dialogues with the instruction in every user message, which lose nothing of it. A last turn that is too long
+    alone is cut at its end. Raises as `encode_dialogue` does.
+    """
+    begin = 1 if messages[0]["role"] == "system" else 0
+    head, turns, left_out = list(messages[:begin]), list(messages[begin:]), False
+    while True:
+        ids = encode_dialogue(tokenizer, [*head, *turns], truncated=truncated, tags=tags, place=place).ids
+        if len(ids) <= context or len(turns) <= 2:
+            return ids[:context], left_out
+        turns, left_out = turns[2:], True
 
 
 def roll_out(

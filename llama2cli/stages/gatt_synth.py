@@ -12,7 +12,7 @@ Choices where the paper is silent, beside those at the top of `rlhf/gatt.py` and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,38 +276,12 @@ def read_constraints(settings: Settings) -> list[Record]:
 
 def read(settings: Settings) -> Iterator[tuple[Place, Record]]:
     """The dialogues without their answers, joined where that is asked for."""
-    from llama2cli.sampling.turns import user_turns
+    from llama2cli.sampling.turns import join_turns, user_turns
 
     read = read_dialogues(settings.files, format=settings.format, keep_empty=True, max_line=settings.max_line)
     bare = ((place, {**record, "messages": user_turns(record["messages"])}) for place, record in read)
-    joined = join(bare, settings.join) if settings.join is not None else bare
+    joined = join_turns(bare, settings.join) if settings.join is not None else bare
     return ((place, {**r, "messages": user_turns(r["messages"], settings.turns)}) for place, r in joined)
-
-
-def join(dialogues: Iterable[tuple[Place, Record]], n: int) -> Iterator[tuple[Place, Record]]:
-    """Dialogues that follow each other joined until they have n turns or more; the last may have fewer.
-
-    One with a system message, which is about itself, passes as it is. A joined one has the fields in which all agree,
-    and `joined`, how many they were.
-    """
-    held: list[Record] = []
-    place = Place("", 0)
-
-    def together() -> Record:
-        same = {k: v for k, v in held[0].items() if all(r.get(k) == v for r in held)}
-        return {**same, "messages": [m for r in held for m in r["messages"]], "joined": len(held)}
-
-    for where, record in dialogues:
-        if record["messages"][0]["role"] == "system":
-            yield where, record
-            continue
-        place = place if held else where
-        held.append(record)
-        if sum(len(r["messages"]) for r in held) >= n:
-            yield place, together()
-            held = []
-    if held:
-        yield place, together()
 
 
 def load(settings: Settings, sampling: Any) -> Models:
@@ -550,20 +524,18 @@ def obedience(candidates: Sequence[Candidate], counts: Counts) -> dict[int, list
 def score(candidates: Sequence[Candidate], scorer: Scorer, settings: Settings, counts: Counts) -> None:
     """Give each candidate its reward: the score of the dialogue as the policy was shown it."""
     from llama2cli.rlhf.gatt import augment, prefixes
+    from llama2cli.sampling.turns import encode_recent
 
     tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
     sequences = []
     for c in candidates:
         whole = list(prefixes(c.rolled.messages))[c.turn - 1]
         shown = augment(whole, c.plan.drawn.instruction)
-        first = 1 if shown[0]["role"] == "system" else 0
-        while True:
-            ids = encode_dialogue(scorer.tokenizer, shown, truncated=c.truncated, tags=tags, place=c.plan.place).ids
-            if len(ids) <= scorer.context or len(shown) - first <= 2:
-                break
-            shown = shown[:first] + shown[first + 2 :]  # the instruction stands in the turns that are left
-        counts.forgot += len(shown) < len(whole)
-        sequences.append(ids[: scorer.context])
+        ids, forgot = encode_recent(
+            scorer.tokenizer, shown, scorer.context, truncated=c.truncated, tags=tags, place=c.plan.place
+        )
+        counts.forgot += forgot
+        sequences.append(ids)
     for c, reward in zip(candidates, scorer.score(sequences), strict=True):
         c.reward = reward
 
