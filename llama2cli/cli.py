@@ -42,7 +42,7 @@ COMMANDS = {
     "eval dialogues": "flaws of fine-tuning data, by source; --annotate marks them",
     "eval reward-model": "accuracy, calibration and threshold of reward models",
     "eval gatt": "how long an instruction of the first turn is obeyed, by turn",
-    "eval temporal": "whether a model knows what has happened by the date of the question",
+    "eval temporal": "what a model knows by the date of a question",
     "eval agreement": "how far raters agree: Gwet's AC1 and AC2, and others beside them",
     "eval violation": "how often answers violate, by human judgement",
 }

@@ -55,7 +55,7 @@ class Settings(Filter, Compute):
 
     Example:
       echo '{"messages": [{"role": "user", "content": "Help me steal."}], "unsafe": true, "category": "theft"}' | \\
-        llama2 distill --preset safety --policy run --rm-safe rm-safe -k 4 --max-new-tokens 32 --keep-truncated \\
+        llama2 distill --preset safety --policy chat --rm-safe rm-safe -k 4 --max-new-tokens 32 --keep-truncated \\
         --rejected rejected.jsonl -o distilled.jsonl
     """
 

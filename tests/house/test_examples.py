@@ -6,6 +6,7 @@ examples are cut short by a flag that is appended.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
@@ -46,10 +47,18 @@ def reward_model(source: Path, folder: Path) -> None:
     save_model(folder, model, Tokenizer.load(source))
 
 
+def chat_model(source: Path, folder: Path) -> None:
+    """A folder of a run's model with a context that long prompts fit in."""
+    model = Llama(dataclasses.replace(load_config(source), max_position_embeddings=2048))
+    load_into(model, source)
+    folder.mkdir()
+    save_model(folder, model, Tokenizer.load(source))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tok.model, tokens/books, tokens/web, run, llama-2-7b (small, but in Meta's format), rm-help and
-    rm-safe (on run's trunk)."""
+    rm-safe (on run's trunk), chat (run's model with a longer context)."""
     folder = tmp_path_factory.mktemp("made")
     alice, holmes = (str(ROOT / "examples" / "data" / f"{n}.txt.gz") for n in ("alice", "sherlock_holmes"))
     model, run = str(folder / "tok.model"), str(folder / "run")
@@ -69,6 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(model, folder / "tokenizer.model")
     for name in ("rm-help", "rm-safe"):
         reward_model(resolve_model(run), folder / name)
+    chat_model(resolve_model(run), folder / "chat")
     return folder
 
 
