@@ -30,6 +30,11 @@ class Point(NamedTuple):
         """ "1.234 ±0.100", for a table."""
         return f"{self.value:.3f}" + (f" ±{self.value - self.low:.3f}" if self.low is not None else "")
 
+    def fields(self, n: int) -> Record:
+        """Of a metric record over n prompts."""
+        interval = {"low": self.low, "high": self.high} if self.low is not None else {}
+        return {"value": self.value, "n": n, **interval}
+
 
 @dataclass
 class Spread:
@@ -58,7 +63,10 @@ class Spread:
 
 @dataclass
 class Temperature:
-    """The samples of one temperature. chosen: how often one of them was the best of all that competed."""
+    """The samples of one temperature. chosen: how often one of them was the best of all that competed.
+
+    whole: the largest reward among those that were not cut, over the prompts that have such, where others are not kept.
+    """
 
     temperature: float
     k: int
@@ -68,6 +76,7 @@ class Temperature:
     distinct: int = 0
     chosen: int = 0
     rewards: Spread = field(default_factory=Spread)
+    whole: Spread = field(default_factory=Spread)
 
     def add(self, largest_PK: np.ndarray, median_PK: np.ndarray, mean_P: np.ndarray) -> None:
         """The rewards of more prompts: the expected largest and median of N = 1..K of their samples, and their mean."""
@@ -80,19 +89,21 @@ class Temperature:
 
     def state(self) -> dict[str, Any]:
         """As JSON holds it, every digit kept."""
-        spread = {name: np.asarray(value).tolist() for name, value in vars(self.rewards).items()}
-        return {**vars(self), "rewards": spread}
+        spreads = {name: getattr(self, name) for name in ("rewards", "whole")}
+        told = {k: {name: np.asarray(value).tolist() for name, value in vars(s).items()} for k, s in spreads.items()}
+        return {**vars(self), **told}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Temperature:
         """From what `state` gave."""
-        spread = state["rewards"]
-        rewards = Spread(spread["n"], np.array(spread["mean"]), np.array(spread["squares"]))
-        return cls(**{**state, "rewards": rewards})
+        told = {name: state[name] for name in ("rewards", "whole")}
+        spreads = {k: Spread(t["n"], np.array(t["mean"]), np.array(t["squares"])) for k, t in told.items()}
+        return cls(**{**state, **spreads})
 
 
 def records(heat: Sequence[Temperature], kept: int, **groups: Any) -> Iterator[Record]:
-    """Metric records: the curves by temperature and k, shares of truncated, distinct and chosen answers.
+    """Metric records: the curves by temperature and k, the best that was not cut, shares of truncated, distinct and
+    chosen answers.
 
     kept: prompts of which an answer was kept.
     """
@@ -101,11 +112,11 @@ def records(heat: Sequence[Temperature], kept: int, **groups: Any) -> Iterator[R
             continue
         for name, curve in t.curves().items():
             for n, point in enumerate(curve, start=1):
-                made = {"measure": f"reward.{name}", "value": point.value, "n": t.rewards.n}
-                interval = {"low": point.low, "high": point.high} if point.low is not None else {}
                 by = {"temperature": t.temperature, **({"k": n} if name in CURVES else {})}
-                yield {**made, **interval, **by, **groups}
+                yield {"measure": f"reward.{name}", **point.fields(t.rewards.n), **by, **groups}
         by = {"temperature": t.temperature, **groups}
+        if t.whole.n:
+            yield {"measure": "reward.whole", **t.whole.points()[0].fields(t.whole.n), **by}
         yield metric("samples.truncated", rate(t.truncated, t.answers), **by)
         yield {"measure": "samples.distinct", "value": t.distinct / t.answers, "n": t.answers, **by}
         if kept:
@@ -120,23 +131,17 @@ def tables(heat: Sequence[Temperature], kept: int) -> list[Table]:
 def by_temperature(heat: Sequence[Temperature], kept: int) -> Table:
     """A row for each temperature (Fig. 8 at K)."""
     rows = []
+    cut = any(t.whole.n for t in heat)
     for t in heat:
         made = t.curves()
         rewards = [made[name][-1].shown() for name in ("mean", "median", "max")]
+        rewards += [t.whole.points()[0].shown() if t.whole.n else "-"] if cut else []
         shares = [t.distinct / t.answers, t.truncated / t.answers, t.chosen / max(kept, 1)]
         cells = [f"{t.temperature:g}", *rewards, *(f"{100 * share:.1f}" for share in shares)]
         rows.append([*cells, f"{t.tokens / t.answers:,.0f}"])
-    columns = [
-        "temperature",
-        "mean",
-        "median",
-        f"best of {heat[0].k}",
-        "distinct %",
-        "truncated %",
-        "chosen %",
-        "tokens",
-    ]
-    return f"reward (a logit) over {heat[0].rewards.n:,} prompts", columns, rows
+    columns = ["T", "mean", "median", f"best of {heat[0].k}", *(["best not cut"] if cut else [])]
+    columns += ["distinct %", "cut %", "chosen %", "tokens"]
+    return f"reward (a logit) over {heat[0].rewards.n:,} prompts by temperature", columns, rows
 
 
 def by_number(heat: Sequence[Temperature]) -> Table:

@@ -14,9 +14,7 @@ Choices where the paper is silent:
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -30,10 +28,10 @@ from llama2cli.measure.rates import sigmoid
 from llama2cli.settings import Compute, Filter, flag
 from llama2cli.text.chat import TAGS, encode_conversation, encode_dialogue
 from llama2cli.text.folders import resolve_model
-from llama2cli.text.output import Output, fingerprint
+from llama2cli.text.output import Output, check_outputs, open_outputs
 from llama2cli.text.pool import FromPool, Pool
 from llama2cli.text.records import Record
-from llama2cli.text.streams import Place, open_output, read_records, read_texts, some, windows
+from llama2cli.text.streams import Place, read_records, read_texts, some, windows
 
 if TYPE_CHECKING:
     from llama2cli.measure.best_of import Temperature
@@ -123,6 +121,7 @@ class Counts:
     from_pool: int = 0
     only_in_pool: int = 0
     by_safety: int = 0
+    empty: int = 0
     without: int = 0
     cut: int = 0
     scored: int = 0
@@ -183,7 +182,7 @@ def run(settings: Settings) -> None:
     newest = settings.round if settings.round is not None else earlier.newest + 1 if earlier else 1
     if settings.provenance:
         provenance.write(settings.provenance, settings, [*settings.files, *settings.pool, answers, *rewarders.values()])
-    out, every = open_outputs(settings, [*folders, *settings.pool])
+    out, every = open_outputs(settings, settings.all_samples, paths=[*folders, *settings.pool])
     with out:
         # 2. the models
         models = load(settings, rewarders)
@@ -205,7 +204,7 @@ def run(settings: Settings) -> None:
                     if every:
                         for record in judged[: len(contest.fresh)]:
                             every.write(record)
-                count(contests, counts)
+                count(contests, counts, keep_truncated=settings.keep_truncated)
                 done += len(window)
                 if every:
                     every.commit(done)  # before the other, which then can go back to any window that this one has
@@ -213,7 +212,7 @@ def run(settings: Settings) -> None:
             write_metrics(counts, settings, newest)
     if models.server is not None:
         models.server.forget()  # the outputs are complete: the server's answers need not be kept beside them
-    report(counts, tally, settings)
+    report(counts, tally, settings, continued=out.skip > 0)
 
 
 # --- what is asked ------------------------------------------------------------------------------------------------
@@ -237,17 +236,8 @@ def check(settings: Settings) -> None:
         raise Misuse(f'holds "{found[0]}", a tag of the chat format (--tags escape admits it)', "--system")
     if settings.pool_mode == "last" and settings.pool and settings.round is None:
         raise Misuse("which round is the last? name this run's, and the pool's Samples of it compete", "--round")
-    inputs = {os.path.realpath(path): path for path in (*settings.files, *settings.pool) if path != "-"}
-    outputs: dict[str, str] = {}
-    for name, path in (("--out", settings.out), ("--all", settings.all_samples), ("--metrics", settings.metrics)):
-        if path is None:
-            continue
-        real = path if path == "-" else os.path.realpath(path)
-        if real in outputs:
-            raise Misuse(f"is given to {outputs[real]} too", name, path)
-        if real in inputs:
-            raise Misuse("is an input and the output; write to another file", name, path)
-        outputs[real] = name
+    outputs = (("--out", settings.out), ("--all", settings.all_samples), ("--metrics", settings.metrics))
+    check_outputs(outputs, [*settings.files, *settings.pool])
 
 
 def read_prompts(settings: Settings) -> Iterator[tuple[Place, Record]]:
@@ -290,21 +280,6 @@ def asked(
         yield place, record
     if earlier:
         yield from earlier.unasked()
-
-
-def open_outputs(settings: Settings, paths: Sequence[Any]) -> tuple[Output, Output | None]:
-    """--out and --all. Where the two that a killed command left do not go together, both start over."""
-    out = open_output(settings, paths=paths)
-    if settings.all_samples is None:
-        return out, None
-    key = fingerprint("--all", out.key)
-    every = Output(settings.all_samples, key=key, resume=settings.resume is not False, most=out.skip)
-    if every.skip == out.skip:
-        return out, every
-    console.warn(f"{settings.all_samples}: what belongs to {settings.out} is not there; both start over")
-    out.leave()
-    every.leave()
-    return open_outputs(dataclasses.replace(settings, resume=False), paths)
 
 
 # --- answers and scores -------------------------------------------------------------------------------------------
@@ -472,6 +447,7 @@ def choose(contest: Contest, settings: Settings, counts: Counts) -> int | None:
         counts.without += 1
         return None
     counts.kept += 1
+    counts.empty += not samples[chosen]["messages"][-1]["content"]
     if chosen < len(contest.fresh):
         counts.heat[chosen // settings.samples].chosen += 1
     else:
@@ -486,7 +462,7 @@ def choose(contest: Contest, settings: Settings, counts: Counts) -> int | None:
 # --- counting and telling -----------------------------------------------------------------------------------------
 
 
-def count(contests: Sequence[Contest], counts: Counts) -> None:
+def count(contests: Sequence[Contest], counts: Counts, *, keep_truncated: bool) -> None:
     """Count the answers of a window, and the curves of their rewards at each temperature."""
     import numpy as np
 
@@ -509,6 +485,9 @@ def count(contests: Sequence[Contest], counts: Counts) -> None:
             t.tokens += sum(s["n_tokens"] for s in samples)
             t.truncated += sum(s["truncated"] for s in samples)
             t.distinct += len({s["messages"][-1]["content"] for s in samples})
+            whole = [reward for reward, s in zip(contest.rewards[mine], samples) if not s["truncated"]]
+            if whole and not keep_truncated:
+                t.whole.add(np.array([[max(whole)]]))
 
 
 def write_metrics(counts: Counts, settings: Settings, newest: int) -> None:
@@ -522,18 +501,20 @@ def write_metrics(counts: Counts, settings: Settings, newest: int) -> None:
             out.write(record)
 
 
-def report(counts: Counts, tally: Tally, settings: Settings) -> None:
+def report(counts: Counts, tally: Tally, settings: Settings, *, continued: bool) -> None:
     """Tables and the closing lines on stderr."""
     from llama2cli.measure import best_of
 
     console.tables(best_of.tables(counts.heat, counts.kept))
     heat = ", ".join(f"{t:g}" for t in settings.temperature)
-    console.say(tally.told(f"temperature {heat}, top-p {settings.top_p:g}", settings.max_new_tokens))
+    told = tally.told(f"temperature {heat}, top-p {settings.top_p:g}", settings.max_new_tokens)
+    console.say(f"since it continued: {told}" if continued else told)
     parts = [f"{counts.prompts:,} prompts, {counts.kept:,} best answers kept"]
     for name, total in counts.kept_sums.items():
         parts.append(f"{name} {total / counts.kept:.3f} (of all answers {counts.sums[name] / counts.scored:.3f})")
     more = [
         (counts.by_safety, "chosen by the safety model's score"),
+        (counts.empty, "of them empty"),
         (counts.from_pool, "from the pool"),
         (counts.only_in_pool, "prompts that only the pool has"),
         (0 if settings.keep_truncated else sum(t.truncated for t in counts.heat), "truncated, which are not kept"),

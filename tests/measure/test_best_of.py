@@ -68,8 +68,25 @@ def test_curves_records_and_tables():
     first, second = best_of.tables(heat, 2)
     assert first[2][1] == ["1.2", *(f"{x:.3f} ±0.000" for x in (6, 6, 8)), "75.0", "16.7", "50.0", "5"]
     assert [row[0] for row in second[2]] == ["1", "2", "3"] and {row[-1] for row in second[2]} == {"1.2"}
+    assert "best not cut" not in first[1]
     alone = best_of.tables(heat[:1], 2)[1]
     assert alone[1] == ["n", "max", "median", "max - median"] and alone[2][2][3].startswith("2.000")
+
+
+def test_the_best_that_was_not_cut():
+    """Of two prompts one has such an answer at 0.8, with reward 2; none has at 1.2."""
+    heat = [filled(0.8, 0), filled(1.2, 5)]
+    heat[0].whole.add(np.array([[2.0]]))
+    assert [r for r in best_of.records(heat, 2) if r["measure"] == "reward.whole"] == [
+        {"measure": "reward.whole", "value": 2.0, "n": 1, "temperature": 0.8}
+    ]
+    _, columns, rows = best_of.by_temperature(heat, 2)
+    assert [row[columns.index("best not cut")] for row in rows] == ["2.000", "-"]
+    heat[0].whole.add(np.array([[5.0], [2.0]]))
+    [whole] = [r for r in best_of.records(heat, 2, round=1) if r["measure"] == "reward.whole"]
+    half = 1.959964 * math.sqrt(3 / 3)  # squared deviations 1 + 4 + 1 over two, over three
+    assert (whole["value"], whole["n"], whole["round"]) == (3, 3, 1)
+    assert (whole["low"], whole["high"]) == pytest.approx((3 - half, 3 + half))
 
 
 @pytest.mark.parametrize(("k", "ladder"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9])])
@@ -81,10 +98,12 @@ def test_ladder(k, ladder):
 
 def test_state_keeps_every_digit():
     t = filled(1.1, 1 / 3)
+    t.whole.add(rows(3, 1))
     t.add(rows(3, 3), rows(3, 3), rows(3))
     again = Temperature.of_state(json.loads(json.dumps(t.state())))
     for x in (t, again):
         x.add(rows(2, 3, seed=1), rows(2, 3, seed=2), rows(2, seed=3))
+        x.whole.add(rows(2, 1, seed=4))
     assert again.state() == t.state() and again.curves() == t.curves()
     empty = Temperature.of_state(json.loads(json.dumps(Temperature(1.0, 3).state())))
     assert list(best_of.records([empty], 0)) == [] and best_of.tables([empty], 0) == []

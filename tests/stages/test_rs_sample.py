@@ -188,7 +188,20 @@ def test_one_reward_model_chooses_alone_on_logits(run, monkeypatch):
     fake_answers(monkeypatch, iter("abc"))
     monkeypatch.setattr(Scorer, "score", lambda self, sequences, **_: [40.0, 50.0, 45.0])
     [kept] = run([prompt("x", unsafe=True)], safe=None, k=3)
-    assert answer(kept) == "b" and kept["reward"] == 50.0 and kept["help"] == 1.0 and "safe" not in kept
+    assert (
+        "empty" not in run.err
+        and answer(kept) == "b"
+        and kept["reward"] == 50.0
+        and kept["help"] == 1.0
+        and "safe" not in kept
+    )
+
+
+def test_an_empty_answer_that_is_kept_is_told(run, monkeypatch):
+    fake_answers(monkeypatch, iter(["a", " ", "", "b"]))
+    monkeypatch.setattr(Scorer, "score", lambda self, sequences, **_: [1.0, 2.0, 0.0][: len(sequences)])
+    [kept] = run([prompt("x")], safe=None)
+    assert answer(kept) == "" and kept["sample"] == 1 and "1 of them empty" in run.err
 
 
 def test_answers_that_are_the_same_are_scored_once_and_the_first_is_kept(run, monkeypatch):
@@ -213,6 +226,8 @@ def test_truncated_answers_are_scored_counted_and_not_kept(run, monkeypatch, tmp
     [kept] = run(records, "--all", tmp_path / "all.jsonl", safe=None)
     assert answer(kept) == "c" and kept["truncated"] is False
     assert "in.jsonl:2: left out: every answer was cut" in run.err and "5 truncated, which are not kept" in run.err
+    row = next(line for line in run.err.splitlines() if line.startswith("1.2"))
+    assert "best not cut" in run.err and " 6.500 ±" in row and " 1.000 " in row  # 9 and 4; 1
     assert [s["truncated"] for s in read(tmp_path / "all.jsonl")] == [False, True, False, False] + [True] * 4
     fake_answers(monkeypatch, iter("abcdefgh"), cut)
     kept = run(records, "--keep-truncated", safe=None, out="kept.jsonl")
@@ -353,13 +368,15 @@ def test_a_pool_of_real_rounds(run, tmp_path):
 def test_a_run_that_was_killed_goes_on(run, monkeypatch, tmp_path, where):
     """The best, all samples, the pool's prompts and the metrics: the same bytes, and nothing is answered twice."""
     (tmp_path / "pool.jsonl").write_text(json.dumps(sample("only here", "fox", round=1)) + "\n")
-    flags = (*KEEP, *HEAT, "--window", 2, "--pool", tmp_path / "pool.jsonl")
+    keep = KEEP[where == "scoring" :]  # there without --keep-truncated
+    flags = (*keep, *HEAT, "--window", 2, "--pool", tmp_path / "pool.jsonl")
 
     def go(name):
         more = ("--all", tmp_path / f"{name}-all.jsonl", "--metrics", tmp_path / f"{name}-m.jsonl")
         return run(PROMPTS, *flags, *more, out=f"{name}.jsonl")
 
     go("whole")
+    assert ("reward.whole" in (tmp_path / "whole-m.jsonl").read_text()) == (where == "scoring")
     told = run.err.splitlines()[-1]
     generate, calls = Engine.generate, []
     with monkeypatch.context() as patch:
@@ -477,23 +494,60 @@ def test_provenance(run, tmp_path, folders):
 # --- another machine's policy -------------------------------------------------------------------------------------
 
 
-def test_answers_of_a_server_are_chosen_from(run, folders, tmp_path):
-    """The policy over HTTP (temperature 0 has no random numbers): the same answers, scores and choice as here."""
+@pytest.fixture
+def served(folders, tmp_path):
+    """A server of the policy as a process of its own: the flags that name it; its log is `log` in tmp_path."""
     script = Path(__file__).parents[1] / "sampling" / "completions_server.py"
     tokenizer = folders["policy"] / "tokenizer.model"
-    served = {"tokenizer": str(tokenizer), "log": str(tmp_path / "log"), "engine": str(folders["policy"])}
-    server = subprocess.Popen([sys.executable, str(script), json.dumps(served)], stdout=subprocess.PIPE, text=True)
+    settings = {"tokenizer": str(tokenizer), "log": str(tmp_path / "log"), "engine": str(folders["policy"])}
+    server = subprocess.Popen([sys.executable, str(script), json.dumps(settings)], stdout=subprocess.PIPE, text=True)
     try:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}"
         with urllib.request.urlopen(f"{url}/v1/models") as reply:
             name = json.load(reply)["data"][0]["id"]
-        flags = (*KEEP, "--temperature", 0)
-        there = run(PROMPTS, *flags, "--policy", name, "--endpoint", url, "--tokenizer", tokenizer, k=1)
-        assert isinstance(there, list), there
+        yield ("--policy", name, "--endpoint", url, "--tokenizer", tokenizer)
     finally:
         server.kill()
         server.wait()
         server.stdout.close()
+
+
+def test_answers_of_a_server_are_chosen_from(run, served, tmp_path):
+    """The policy over HTTP (temperature 0 has no random numbers): the same answers, scores and choice as here."""
+    flags = (*KEEP, "--temperature", 0)
+    there = run(PROMPTS, *flags, *served, k=1)
+    assert isinstance(there, list), there
     here = run(PROMPTS, *flags, k=1, out="here.jsonl")
-    assert [{**r, "policy": "policy"} for r in there] == here and {r["policy"] for r in there} == {name}
+    assert [{**r, "policy": "policy"} for r in there] == here and {r["policy"] for r in there} == {served[1]}
     assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.jsonl"]  # no answers are left beside it
+
+
+def test_a_server_is_not_asked_twice_by_a_run_that_was_killed(run, served, monkeypatch, tmp_path):
+    """Killed when the second window's answers are there and not yet scored: they come from beside the output."""
+
+    def go(name):
+        flags = (*KEEP, *HEAT, "--window", 3, "--all", tmp_path / f"{name}-all.jsonl")
+        return run(PROMPTS, *flags, *served, out=name, k=2)
+
+    def answered():
+        events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        done = [x for x in events if x["event"] == "answered" and x["max_tokens"] > 1]  # but the probes of a beginning
+        return [(*x["prompt"], x["seed"], x["temperature"]) for x in done]
+
+    real, times = Scorer.score, []
+    with monkeypatch.context() as patch:
+
+        def broken(self, *args, **kw):
+            times.append(self)
+            if len(times) == 3:
+                raise KeyboardInterrupt
+            return real(self, *args, **kw)
+
+        patch.setattr(Scorer, "score", broken)
+        assert go("cut")[0] == 130
+    assert len(answered()) == 24
+    assert go("cut") and "cut.answers: 24 answers are there already" in run.err and "since it continued: " in run.err
+    assert len(answered()) == len({*answered()}) == 7 * 2 * 2
+    go("whole")
+    for end in ("", "-all.jsonl"):
+        assert (tmp_path / f"cut{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
