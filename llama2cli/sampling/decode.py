@@ -8,8 +8,9 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,66 +65,150 @@ class SlotView(KVCache):
         self._set(list(lengths))
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What steps read. Nothing in it is written or replaced: another state of the model has a `Prepared` of its own.
+
+    matrices: (qkv, out, gate_up, down) of each layer; projections: the same as products; norms: (before attention,
+    before the feed-forward). cos, sin [S, 1, K]: x * cos + (second half, first half) * sin is the rotation of the pairs
+    (first half, second half).
+    """
+
+    state: object
+    embed: Tensor
+    norms: Sequence[tuple[Tensor, Tensor]]
+    matrices: Sequence[tuple[Tensor, ...]]
+    projections: Sequence[Sequence[Project]]
+    norm: Tensor
+    head: Project
+    cos: Tensor
+    sin: Tensor
+    heads: tuple[int, int, int]
+    eps: float
+
+
 class Decoder:
     """The weights of a model prepared for steps of up to `rows` rows. `refresh` follows a model that was trained on."""
 
     def __init__(self, model: Llama, rows: int) -> None:
         self.model, self.rows = model, rows
-        self.prepared: object = None
+        self.prepared: Prepared | None = None
         self.refresh()
 
-    def refresh(self) -> None:
-        """Prepare the weights, unless they are those that were prepared before."""
+    def refresh(self) -> Prepared:
+        """The weights prepared, anew unless they are those that were prepared before."""
         state = [
             ops.choices(),
             *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()),
         ]
-        if state == self.prepared:
-            return
-        model, self.prepared = self.model, state
-        c = model.config
+        if self.prepared is not None and state == self.prepared.state:
+            return self.prepared
+        self.prepared = None  # two layouts of the weights are not held at a time
+        model, c = self.model, self.model.config
         blocks = [cast(Block, layer) for layer in model.layers]
-        matrices = [w for b in blocks for w in (b.qkv, b.out, b.gate_up, b.down)]
-        *made, self.head = prepare([*matrices, model.head_weight()], self.rows)
-        self.norms = [(b.attn_norm, b.mlp_norm) for b in blocks]
-        self.projections = [made[i : i + 4] for i in range(0, len(made), 4)]
+        matrices = [(b.qkv, b.out, b.gate_up, b.down) for b in blocks]
+        *made, head = prepare([*(w for four in matrices for w in four), model.head_weight()], self.rows)
         cos, sin = model.rope_table(model.embed.device)
-        # x * (cos, cos) + (second half, first half) * (-sin, sin) is the rotation of the pairs (first, second half)
-        self.cos_S1K = torch.cat((cos, cos), -1)[:, None]
-        self.sin_S1K = torch.cat((-sin, sin), -1)[:, None]
-        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        self.prepared = Prepared(
+            state=state,
+            embed=model.embed,
+            norms=[(b.attn_norm, b.mlp_norm) for b in blocks],
+            matrices=matrices,
+            projections=[made[i : i + 4] for i in range(0, len(made), 4)],
+            norm=model.norm,
+            head=head,
+            cos=torch.cat((cos, cos), -1)[:, None],
+            sin=torch.cat((-sin, sin), -1)[:, None],
+            heads=(c.num_attention_heads, c.num_key_value_heads, c.head_dim),
+            eps=c.rms_norm_eps,
+        )
+        return self.prepared
 
-    @cpu.blas()
-    def step(self, ids_N: Tensor, cache: KVCache, lengths_N: Tensor, longest: int) -> Tensor:
+    def step(
+        self,
+        ids_N: Tensor,
+        cache: KVCache,
+        lengths_N: Tensor,
+        longest: int,
+        compiled: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
         """Append one token to each row of the cache's memory and return the logits after it, fp32 [N, V].
 
-        The rows are the first N of the cache; lengths_N: tokens in each of them, longest: the largest of these. Neither
-        is written: the caller counts.
+        The rows are the first N of the cache; lengths_N: tokens in each of them, longest: the largest of these, or any
+        larger number (the keys between are looked at, and masked). Neither is written: the caller counts. compiled: a
+        form of `layer_of` for all layers.
+
+        All shapes follow from N and longest, and nothing is read from the device: a step can be recorded.
         """
-        H, G, K = self.heads
-        N, T = len(ids_N), longest + 1
-        eps = self.model.config.rms_norm_eps
-        x = F.embedding(ids_N, self.model.embed)
-        D = x.shape[1]
-        rows = torch.arange(N, device=x.device)
-        cos, sin = self.cos_S1K[lengths_N], self.sin_S1K[lengths_N]
-        unseen = torch.arange(T, device=x.device) > lengths_N[:, None]
-        mask = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device).masked_fill_(unseen, float("-inf"))
-        mask_NG1T = mask[:, None, None].expand(N, G, 1, T)
-        for norms, (qkv, out, gate_up, down), keys, values in zip(
-            self.norms, self.projections, cache.keys, cache.values
-        ):
-            y = qkv(F.rms_norm(x, (D,), norms[0], eps)).view(N, H + 2 * G, K)
-            qk = y[:, : H + G].float()
-            first, second = qk.chunk(2, -1)
-            qk = (qk * cos).addcmul_(torch.cat((second, first), -1), sin).to(x.dtype)
-            keys[rows, :, lengths_N] = qk[:, H:].to(keys.dtype)
-            values[rows, :, lengths_N] = y[:, H + G :].to(values.dtype)
-            q = qk[:, :H].reshape(N, G, H // G, K)
-            o = attend(q, keys[:N, :, :T].to(x.dtype), values[:N, :, :T].to(x.dtype), mask_NG1T)
-            x = x + out(o.reshape(N, H * K))
-            x = x + down(ops.swiglu(gate_up(F.rms_norm(x, (D,), norms[1], eps))))
-        return self.head(F.rms_norm(x, (D,), self.model.norm, eps)).float()
+        assert self.prepared is not None
+        return step(self.prepared, ids_N, cache, lengths_N, longest + 1, compiled)
+
+
+@cpu.blas()
+def step(
+    p: Prepared,
+    ids_N: Tensor,
+    cache: KVCache,
+    lengths_N: Tensor,
+    T: int,
+    compiled: Callable[..., Tensor] | None,
+) -> Tensor:
+    """`Decoder.step`, over the first T slots of the rows."""
+    N = len(ids_N)
+    x = F.embedding(ids_N, p.embed)
+    rows = torch.arange(N, device=x.device)
+    cos, sin = p.cos[lengths_N], p.sin[lengths_N]
+    unseen = torch.arange(T, device=x.device) > lengths_N[:, None]
+    mask = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device).masked_fill_(unseen, float("-inf"))
+    parts = zip(cache.keys[:, :N, :, :T], cache.values[:, :N, :, :T])
+    if compiled is None:
+        for norms, projections, memory in zip(p.norms, p.projections, parts):
+            x = layer(x, norms, projections, *memory, cos, sin, mask, rows, lengths_N, heads=p.heads, eps=p.eps)
+    else:
+        for norms, matrices, memory in zip(p.norms, p.matrices, parts):
+            x = compiled(x, norms, matrices, *memory, cos, sin, mask, rows, lengths_N)
+    return p.head(F.rms_norm(x, x.shape[1:], p.norm, p.eps)).float()
+
+
+def layer(
+    x_ND: Tensor,
+    norms: tuple[Tensor, Tensor],
+    projections: Sequence[Project],
+    keys_NGTK: Tensor,
+    values_NGTK: Tensor,
+    cos_N1K: Tensor,
+    sin_N1K: Tensor,
+    mask_NT: Tensor,
+    rows_N: Tensor,
+    lengths_N: Tensor,
+    *,
+    heads: tuple[int, int, int],
+    eps: float,
+) -> Tensor:
+    """The residual stream behind one layer; the new keys and values go into its memory.
+
+    mask_NT: -inf where a row has no key; rows_N: 0..N-1; heads: (H, G, K).
+    """
+    H, G, K = heads
+    N, D = x_ND.shape
+    T = mask_NT.shape[1]
+    qkv, out, gate_up, down = projections
+    y = qkv(F.rms_norm(x_ND, (D,), norms[0], eps)).view(N, H + 2 * G, K)
+    qk = y[:, : H + G].float()
+    first, second = qk.chunk(2, -1)
+    qk = (qk * cos_N1K).addcmul_(torch.cat((second, first), -1), sin_N1K).to(x_ND.dtype)
+    keys_NGTK[rows_N, :, lengths_N] = qk[:, H:].to(keys_NGTK.dtype)
+    values_NGTK[rows_N, :, lengths_N] = y[:, H + G :].to(values_NGTK.dtype)
+    q = qk[:, :H].reshape(N, G, H // G, K)
+    mask_NG1T = mask_NT[:, None, None].expand(N, G, 1, T)
+    o = attend(q, keys_NGTK.to(x_ND.dtype), values_NGTK.to(x_ND.dtype), mask_NG1T)
+    x_ND = x_ND + out(o.reshape(N, H * K))
+    return x_ND + down(ops.swiglu(gate_up(F.rms_norm(x_ND, (D,), norms[1], eps))))
+
+
+def layer_of(x_ND: Tensor, norms: tuple[Tensor, Tensor], matrices: Sequence[Tensor], *rest: Any, **more: Any) -> Tensor:
+    """`layer` whose projections are given as matrices, the form that torch.compile takes."""
+    return layer(x_ND, norms, [partial(_plain, w) for w in matrices], *rest, **more)
 
 
 def attend(q_NGRK: Tensor, k_NGTK: Tensor, v_NGTK: Tensor, mask_NG1T: Tensor) -> Tensor:

@@ -8,14 +8,24 @@ rows stand together is a function of the prompts and the settings only; what an 
 Nothing is computed twice. Equal prompts (K samples of one) are run through the model once, and the keys and values
 copied to the rows of all; where those do not fit into the rows together, one copy waits for the others. So does the
 common beginning of many prompts (see `stems`), until the last of them has come.
+
+A step is launched as `graphs` says. What a row's length, end and place are, the processor knows without asking; only
+which tokens were drawn must be read from the device, and on a GPU that is read one step late, while the next step runs:
+a row that has drawn its end stays for one more token, which nobody reads. Those tokens are the only thing that a step
+reads from a GPU (a full answer is fetched when its row leaves).
+
+The cache and all that was recorded over it belong to one call of `generate`, and are freed when it returns (a GPU's
+memory goes back to torch's allocator, which the next training step takes it from). What stays is the weights' layout
+for steps on a CPU, and the row of a conversation.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +34,7 @@ from torch import Tensor
 from llama2cli.errors import DataError
 from llama2cli.nn.model import KVCache, Llama
 from llama2cli.sampling.decode import Decoder, SlotView
+from llama2cli.sampling.graphs import Steps, choose, whole
 from llama2cli.sampling.sampler import Policy, SampleParams, draw, uniforms
 from llama2cli.sampling.stems import Stem, stems
 from llama2cli.text.tokenizer import Tokenizer
@@ -33,6 +44,8 @@ STEM_SHARE = 1 / 8  # as many bytes again, as a share of these, for common begin
 PREFILL_TOKENS = 8192  # of padded prompts in one forward pass
 SCORES_BYTES = 1 << 30  # of attention scores in the pass behind a stem: with its mask some kernels hold them whole
 REFILL = 8  # waiting prompts enter when this part of the rows is free: a forward pass for one is not worth it
+LATE = 1  # steps by which drawn tokens are read late on a GPU
+NOT_FINITE = -2  # stands for a token where the logits are not finite
 
 
 @dataclass(frozen=True)
@@ -135,10 +148,30 @@ class Kept:
             memory[:, rows, :, : kept.shape[2]] = kept[:, None]
 
 
+class Unread(NamedTuple):
+    """Tokens on their way from the device: what was drawn before `clock`, and the prompts of the rows that drew."""
+
+    clock: int
+    owners: Sequence[int]
+    read: Callable[[], list[int]]
+
+
+def on_the_way(ids_N: Tensor) -> Callable[[], list[int]]:
+    """What gives the numbers; from a GPU they set out at once, and are waited for when they are wanted."""
+    if not ids_N.is_cuda:
+        return ids_N.tolist
+    here = torch.empty(ids_N.shape, dtype=ids_N.dtype, pin_memory=True).copy_(ids_N, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: (arrived.synchronize(), here.tolist())[1]
+
+
 class Batch:
     """The rows that are being decoded, and the queue behind them. The first `n` rows are in use.
 
-    All per-row state is in tensors of `rows` entries, so that moving a row is one assignment each.
+    The clock counts steps. All rows draw a token in each, so that of a row only needs to be known when it was born: its
+    token of step c is in `out[c % A, row]`, where A is the length of the longest answer, and so is all that belongs to
+    one token. A prompt that enters at clock c has its first token where the others have their last, in c - 1.
     """
 
     def __init__(
@@ -152,22 +185,28 @@ class Batch:
         self.kept: dict[int, Kept] = {}  # of the prompt that has samples in the rows and in the queue: one at most
         self.share(list(seen.values()))
         self.limits = limits = [room(prompt, p, engine.context) for prompt, p in zip(prompts, params)]
-        size = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+        device = engine.model.embed.device
+        form = choose(device, sum(limits) // min(engine.rows, len(prompts)))
+        size = whole(max(len(prompt) + limit for prompt, limit in zip(prompts, limits)), form)
         most = max(1, CACHE_BYTES // row_bytes(engine.model, size))
         self.rows = rows = min(engine.rows, len(prompts), most)
         self.cache = new_cache(engine.model, rows, size)
-        device = self.cache.keys.device
+        self.steps = Steps(engine.decoder, self.cache, form)
+        self.last = self.steps.ids_R  # the token drawn last, not in the cache yet
+        self.lengths = self.steps.lengths_R  # tokens in the cache, 0 in rows that are not in use
+        self.late = LATE if device.type == "cuda" else 0
         longest_answer = max(limits)
-        self.n = 0
-        self.owner: list[int] = []  # the prompt that a row answers
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens in the cache
-        self.steps = torch.zeros(rows, dtype=torch.long, device=device)  # tokens sampled
-        self.limit = torch.zeros(rows, dtype=torch.long, device=device)
-        self.last = torch.zeros(rows, dtype=torch.long, device=device)  # the token sampled last, not in the cache yet
-        self.uniform = torch.zeros(rows, longest_answer, dtype=torch.float64, device=device)
-        self.out = torch.zeros(rows, longest_answer, dtype=torch.long, device=device)
-        self.scores = [torch.zeros(rows, longest_answer, device=device) for _ in range(2 if logprobs else 0)]
+        self.n, self.clock = 0, 1
+        self.owner: list[int] = []  # the prompt that a row answers; a new list whenever it changes
+        self.born: list[int] = []  # the step of a row's first token
+        self.unread: deque[Unread] = deque()  # what was not read yet
+        self.uniform = torch.zeros(longest_answer, rows, dtype=torch.float64, device=device)
+        self.out = torch.zeros(longest_answer, rows, dtype=torch.long, device=device)
+        self.scores = [torch.zeros(longest_answer, rows, device=device) for _ in range(2 if logprobs else 0)]
         self.arange = torch.arange(rows, device=device)
+        alike = len({(p.temperature, p.top_p) for p in params}) == 1
+        self.one_policy = Policy(params[:1], device) if alike else None
+        self.changed()
 
     def share(self, distinct: list[int]) -> None:
         """Find the stems of the prompts, as many as may be held besides the cache."""
@@ -187,19 +226,17 @@ class Batch:
 
     def run(self) -> Iterator[tuple[int, Result]]:
         """(number of the prompt, result) of each answer as it is finished."""
-        engine = self.engine
         while self.n or self.queue:
             free = self.rows - self.n
             if self.queue and (self.n == 0 or free * REFILL >= self.rows):
                 logits, start = self.admit(free), self.n
                 self.n = len(self.owner)
             else:
-                n = self.n
-                longest = self.longest
-                logits, start = engine.decoder.step(self.last[:n], self.cache, self.lengths[:n], longest), 0
-                self.lengths[:n] += 1
-                self.longest += 1
-            yield from self.sample(logits, start)
+                logits, start = self.steps.run(self.n, self.clock + self.ahead), 0
+                self.lengths[: self.n] += 1
+                self.clock += 1
+            self.sample(logits, start)
+            yield from self.finished()
 
     def admit(self, free: int) -> Tensor:
         """Put waiting samples into rows n, n+1, ...; their prompts run through the model: the logits [m, V] after them.
@@ -211,14 +248,15 @@ class Batch:
         rows = {self.equal[i]: start + row for row, i in enumerate(new)}  # of the prompts that are new
         later = sorted(set(taken) - set(new), key=lambda i: (self.equal[i], i))
         taken = [*new, *later]
-        for row, i in enumerate(taken, start):
-            prompt, p, limit = self.prompts[i], self.params[i], self.limits[i]
-            self.uniform[row, :limit] = torch.from_numpy(uniforms(prompt, p.seed, p.index, limit))
-        self.owner += taken
         mine = slice(start, start + len(taken))
+        numbers = np.zeros((max(self.limits[i] for i in taken), len(taken)))
+        for column, i in enumerate(taken):
+            p, limit = self.params[i], self.limits[i]
+            numbers[:limit, column] = uniforms(self.prompts[i], p.seed, p.index, limit)
+        self.uniform[self.slots(self.clock - 1, len(numbers)), mine] = torch.from_numpy(numbers).to(device)
         self.lengths[mine] = torch.tensor([len(self.prompts[i]) for i in taken], device=device)
-        self.limit[mine] = torch.tensor([self.limits[i] for i in taken], device=device)
-        self.steps[mine] = 0
+        self.owner = [*self.owner, *taken]
+        self.born += [self.clock - 1] * len(taken)
         self.changed()
         logits = [self.prefill(start, new)] if new else []
         end = start + len(new)
@@ -304,55 +342,91 @@ class Batch:
             parts = [memory[:, row, :, :length] for memory in (self.cache.keys, self.cache.values)]
             self.kept[following] = Kept(*(part.clone() for part in (*parts, logits[row - self.n])))
 
+    def slots(self, first: int, count: int) -> Tensor:
+        """The places of `count` steps from one on."""
+        return torch.arange(first, first + count, device=self.out.device) % len(self.out)
+
     def changed(self) -> None:
         """Bring what is derived from the rows in use up to date."""
-        self.policy = Policy([self.params[i] for i in self.owner], self.lengths.device)
-        self.longest = max((int(x) for x in self.lengths[: len(self.owner)].tolist()), default=0)
+        self.policy = self.policy_of(self.owner)
+        rows = list(zip(self.owner, self.born))
+        self.ahead = max((len(self.prompts[i]) - born - 1 for i, born in rows), default=0)  # of the longest row
+        self.end = min((born + self.limits[i] for i, born in rows), default=0)  # when the first answer is full
 
-    def sample(self, logits: Tensor, start: int) -> Iterator[tuple[int, Result]]:
-        """Draw one token for rows start..n and take the finished rows out."""
-        n = self.n
-        rows = slice(start, n)
-        policy = self.policy if start == 0 else Policy([self.params[i] for i in self.owner[start:]], logits.device)
-        steps = self.steps[rows]
-        index = self.arange[rows]
-        drawn = draw(
-            logits[:, : self.engine.vocab_size], policy, self.uniform[index, steps][:, None], logprobs=bool(self.scores)
-        )
-        self.last[rows] = drawn.ids_N
-        self.out[index, steps] = drawn.ids_N
+    def policy_of(self, owner: Sequence[int]) -> Policy:
+        """How the rows of these prompts are drawn."""
+        return self.one_policy or Policy([self.params[i] for i in owner], self.out.device)
+
+    def sample(self, logits: Tensor, start: int) -> None:
+        """Draw one token for rows start..n."""
+        rows, slot = slice(start, self.n), (self.clock - 1) % len(self.out)
+        owner = self.owner[start:] if start else self.owner
+        policy = self.policy_of(owner) if start else self.policy
+        pieces = self.engine.vocab_size
+        drawn = draw(logits[:, :pieces], policy, self.uniform[slot, rows][:, None], logprobs=bool(self.scores))
+        self.out[slot, rows] = drawn.ids_N
+        torch.clamp(drawn.ids_N, max=pieces - 1, out=self.last[rows])  # also where the logits are not finite
         for kept, new in zip(self.scores, (drawn.logprobs_N, drawn.sampled_N)):
             if new is not None:
-                kept[index, steps] = new
-        self.steps[rows] += 1
-        done = (drawn.ids_N == self.engine.eos_id) | (self.steps[rows] >= self.limit[rows]) | ~drawn.sound_N
-        if done.any():
-            if not drawn.sound_N.all():
-                raise not_finite()
-            yield from self.retire((done.nonzero()[:, 0] + start).tolist())
+                kept[slot, rows] = new
+        told = torch.where(drawn.sound_N, drawn.ids_N, NOT_FINITE)
+        self.unread.append(Unread(self.clock, owner, on_the_way(told)))
 
-    def retire(self, done: list[int]) -> Iterator[tuple[int, Result]]:
-        """Read the answers of finished rows, and move the last rows into their places."""
-        for row in done:
-            count = int(self.steps[row])
-            ids = self.out[row, :count].tolist()
-            at_one, as_drawn = [kept[row, :count].tolist() for kept in self.scores] or ([], [])
+    def finished(self) -> Iterator[tuple[int, Result]]:
+        """Read what was drawn, but for what may be read late, and take the finished rows out."""
+        full = self.clock >= self.end
+        done: dict[int, int] = {}  # row: tokens of its answer
+        ends = {self.engine.eos_id, NOT_FINITE}
+        while len(self.unread) > (0 if full else self.late):
+            clock, owners, read = self.unread.popleft()
+            ids = read()
+            if ends.isdisjoint(ids):
+                continue
+            for i, owner in zip(ids, owners):
+                if i not in ends or owner not in self.owner:  # or its answer had ended before
+                    continue
+                row = self.owner.index(owner)
+                if row not in done:
+                    if i == NOT_FINITE:
+                        raise not_finite()
+                    done[row] = clock - self.born[row]
+        if full:
+            for row, (owner, born) in enumerate(zip(self.owner, self.born)):
+                if self.clock >= born + self.limits[owner]:
+                    done.setdefault(row, self.limits[owner])
+        if done:
+            yield from self.retire(done)
+
+    def retire(self, done: Mapping[int, int]) -> Iterator[tuple[int, Result]]:
+        """Read the answers of rows that are finished with so many tokens, and move the last rows into their places."""
+        device, n, left = self.out.device, self.n, self.n - len(done)
+        rows = sorted(done)
+        first, last = min(self.born[row] for row in rows), max(self.born[row] + done[row] for row in rows)
+        slots, columns = self.slots(first, last - first), torch.tensor(rows, device=device)
+        answers = [kept[slots][:, columns].t().tolist() for kept in (self.out, *self.scores)]
+        for column, row in enumerate(rows):
+            begin = self.born[row] - first
+            ids, *logprobs = (answer[column][begin : begin + done[row]] for answer in answers)
+            at_one, as_drawn = logprobs or ([], [])
             yield self.owner[row], Result(ids, at_one, as_drawn, truncated=ids[-1] != self.engine.eos_id)
-        gone = set(done)
-        left = self.n - len(done)
-        holes = [row for row in done if row < left]
-        movers = [row for row in range(left, self.n) if row not in gone]
+        holes = [row for row in rows if row < left]
+        movers = [row for row in range(left, n) if row not in done]
+        owner, born = self.owner[:left], self.born[:left]
         if movers:
-            to, frm = torch.tensor(holes, device=self.lengths.device), torch.tensor(movers, device=self.lengths.device)
-            end = int(self.lengths[frm].max())
-            for kept in (self.cache.keys, self.cache.values):
-                kept[:, to, :, :end] = kept[:, frm, :, :end]
-            for state in (self.lengths, self.steps, self.limit, self.last, self.uniform, self.out, *self.scores):
-                state[to] = state[frm]
+            to, frm = torch.tensor(holes, device=device), torch.tensor(movers, device=device)
             for hole, mover in zip(holes, movers):
-                self.owner[hole] = self.owner[mover]
-        del self.owner[left:]
-        self.n = left
+                owner[hole], born[hole] = self.owner[mover], self.born[mover]
+            end = max(len(self.prompts[owner[row]]) - born[row] - 1 for row in holes) + self.clock
+            for memory in (self.cache.keys, self.cache.values):
+                memory[:, to, :, :end] = memory[:, frm, :, :end]
+            for state in (self.lengths, self.last):
+                state[to] = state[frm]
+            for by_step in (self.uniform, self.out, *self.scores):
+                by_step[:, to] = by_step[:, frm]
+        self.lengths[left:n] = 0
+        self.n, self.owner, self.born = left, owner, born
+        if not left:
+            self.unread.clear()
         self.changed()
 
 
@@ -362,6 +436,8 @@ class Talk:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.cache = new_cache(engine.model, 1, 0)
+        self.form = choose(self.cache.keys.device, 0)
+        self.steps = Steps(engine.decoder, self.cache)
         self.held: list[int] = []  # the ids whose keys and values are in the cache
         self.weights: object = None  # the state of the model that computed them
 
@@ -373,6 +449,7 @@ class Talk:
         for kept, old in ((grown.keys, self.cache.keys), (grown.values, self.cache.values)):
             kept[:, :, :, : old.shape[3]] = old
         self.cache = grown
+        self.steps = Steps(self.engine.decoder, grown, self.form)
 
     def stream(self, prompt: list[int], params: SampleParams) -> Iterator[int]:
         """The ids of an answer, one at a time."""
@@ -404,6 +481,7 @@ class Talk:
                 return
             with torch.inference_mode():
                 self.reserve(len(self.held) + 1)
-                length = torch.tensor([len(self.held)], device=device)
-                logits = engine.decoder.step(drawn.ids_N, self.cache, length, len(self.held))
+                self.steps.ids_R.copy_(drawn.ids_N)
+                self.steps.lengths_R.fill_(len(self.held))
+                logits = self.steps.run(1, len(self.held))
                 self.held.append(token)

@@ -103,19 +103,38 @@ def keep_nucleus(p_NV: Tensor, top_p_N1: Tensor) -> Tensor:
     A token is kept where the tokens before it in descending order hold less than top_p (transformers' rule); tokens
     exactly as probable as the last one kept are kept too.
     """
+    top_p_N1 = top_p_N1.expand(len(p_NV), 1)
+    # Not by the ladder on a GPU: to see whether a rung was high enough is to wait for the device.
+    threshold_N1 = (at_once if p_NV.is_cuda else climb)(p_NV, top_p_N1)
+    return torch.where(p_NV >= threshold_N1, p_NV, 0.0)
+
+
+def at_once(p_NV: Tensor, top_p_N1: Tensor) -> Tensor:
+    """The smallest probability that each row's nucleus holds, [N, 1]; 0 at top_p 1. Reads nothing from the device."""
+    last_N1, _ = last_kept(p_NV.sort(-1, descending=True).values, top_p_N1)
+    return torch.where(top_p_N1 < 1, last_N1, 0.0)
+
+
+def climb(p_NV: Tensor, top_p_N1: Tensor) -> Tensor:
+    """The same from as few of the best as will do."""
     threshold_N1 = torch.zeros_like(p_NV[:, :1])
     rows = (top_p_N1[:, 0] < 1).nonzero()[:, 0]
     for k in (*LADDER, p_NV.shape[1]):
         whole = k >= p_NV.shape[1]
         rest = p_NV if len(rows) == len(p_NV) else p_NV[rows]
         best = rest.sort(-1, descending=True).values if whole else rest.topk(k).values
-        before = best.cumsum(-1, dtype=torch.float64) - best
-        kept = (before < top_p_N1[rows]).sum(-1, keepdim=True).clamp_(min=1)
-        threshold_N1[rows] = best.gather(1, kept - 1)
+        threshold_N1[rows], kept = last_kept(best, top_p_N1[rows])
         rows = rows[(kept == k)[:, 0]]  # their nucleus may go on beyond these k
         if whole or not len(rows):
             break
-    return torch.where(p_NV >= threshold_N1, p_NV, 0.0)
+    return threshold_N1
+
+
+def last_kept(best_NK: Tensor, top_p_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """Of probabilities in descending order the last that the nucleus holds, and how many it holds, [N, 1]."""
+    before = best_NK.cumsum(-1, dtype=torch.float64) - best_NK
+    kept = (before < top_p_N1).sum(-1, keepdim=True).clamp_(min=1)
+    return best_NK.gather(1, kept - 1), kept
 
 
 def search(p_NV: Tensor, uniform_N1: Tensor) -> tuple[Tensor, Tensor]:

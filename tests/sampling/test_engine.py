@@ -380,7 +380,7 @@ def test_weights_in_onednn_layout_give_the_same(monkeypatch):
     monkeypatch.setattr(decode.ops, "choices", lambda: {"mode": "auto", "picks": {"matmul.fp32": "fast"}})
     monkeypatch.setattr(decode, "WORTH", 0)
     packed = Decoder(model, 8)
-    assert packed.head.func is not plain.head.func
+    assert packed.prepared.head.func is not plain.prepared.head.func
     ids, lengths = torch.arange(10, 15), torch.zeros(5, dtype=torch.long)
     with torch.inference_mode():
         want, got = (
@@ -389,7 +389,7 @@ def test_weights_in_onednn_layout_give_the_same(monkeypatch):
         )
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     monkeypatch.setattr(decode, "PACKED_BYTES", 10)
-    assert Decoder(model, 8).head.func is plain.head.func
+    assert Decoder(model, 8).prepared.head.func is plain.prepared.head.func
 
 
 def test_a_step_leaves_the_process_as_it_was():
