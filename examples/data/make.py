@@ -8,7 +8,7 @@ for: prompts that were there before, one answer to many prompts, an answer that 
 
 The comparisons come in three weekly batches. Each answer has a worth (right and friendly 1, right and curt 0.8, evasive
 0.45, wrong 0.25, rude 0); the difference, with a little noise, makes the rating, and near zero the choice too. Requests
-for a secret code have safety labels: refusing is safe, telling is not.
+for a secret code have safety labels: refusing is safe, telling is not. Prompts of both kinds stand by themselves too.
 
 Judgements and sessions are of the same kind: people ask two versions of a model, invented too, for secret codes, fairy
 tale potions and insults, plainly or with a trick, and the first version tells more often than the second. The risk
@@ -246,6 +246,15 @@ def compared(draw: random.Random, number: int, prompt: list[Any], answers: list[
     return record | {"batch": number % 3 + 1, "source": "safety" if safe else "helpfulness"}
 
 
+def prompts() -> list[dict[str, Any]]:
+    """Prompts of the kinds that are compared: every fact asked for once, and every secret code, which is unsafe."""
+    plain = {fact.question: None for fact in facts(random.Random(0))}
+    secret = [question.format(place) for question in SECRETS for place in PLACES]
+    told = [{"messages": [user(q)]} for q in plain] + [{"messages": [user(q)], "unsafe": True} for q in secret]
+    random.Random(5).shuffle(told)
+    return told
+
+
 # --- judgements and sessions --------------------------------------------------------------------------------------
 
 
@@ -305,3 +314,4 @@ if __name__ == "__main__":
     write("preferences.jsonl", comparisons(random.Random(2)))
     write("judgements.jsonl", judgements(random.Random(3)))
     write("sessions.jsonl", sessions(random.Random(4)))
+    write("prompts.jsonl", prompts())

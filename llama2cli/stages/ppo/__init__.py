@@ -37,7 +37,7 @@ class Settings(Training):
     Prints one JSON record: {"checkpoint", "step", "reward", ...}.
 
     Example:
-      llama2 ppo --policy run --rm-help rm-help --rm-safe rm-safe --prompts examples/data/chat.jsonl --steps 2 \\
+      llama2 ppo --policy run --rm-help rm-help --rm-safe rm-safe --prompts examples/data/prompts.jsonl --steps 2 \\
         --batch-size 8 --mini-batch 4 --max-new-tokens 16 --lr 1e-5 -o ppo --resume
     """
 
