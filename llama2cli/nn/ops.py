@@ -149,8 +149,25 @@ def linear_cross_entropy(
 
 
 def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log softmax(hidden weight^T)[target], fp32 [N], 0 where the target is -100; in chunks, not differentiable."""
+    """log softmax(hidden weight^T)[target], fp32 [N], 0 where the target is -100; in chunks, differentiable once.
+
+    Probabilities are kept for the backward pass up to a bound, and computed again beyond (see nn.loss).
+    """
+    if torch.compiler.is_compiling():
+        return loss.reference_tokens(hidden_ND, weight_VD, targets_N)[0]
     return loss.token_logprobs(hidden_ND, weight_VD, targets_N)
+
+
+def token_logprobs_and_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and, from the same pass, the entropy of each softmax in nats, fp32 [N], without a gradient."""
+    if torch.compiler.is_compiling():
+        return loss.reference_tokens(hidden_ND, weight_VD, targets_N)
+    return loss.token_logprobs_and_entropy(hidden_ND, weight_VD, targets_N)
+
+
+def token_kl(hidden_ND: Tensor, weight_VD: Tensor, other_hidden_NE: Tensor, other_weight_VE: Tensor) -> Tensor:
+    """KL in nats of softmax(hidden weight^T) from the other model's, exact over V, fp32 [N]; in chunks, no gradient."""
+    return loss.token_kl(hidden_ND, weight_VD, other_hidden_NE, other_weight_VE)
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------
