@@ -695,6 +695,58 @@ def _(kit: Path) -> list[str]:
     return [a if a != f"{kit}/ck" else f"{kit}/tok.model" for a in sft(kit, DIALOGUE)]
 
 
+# --- judgements and sessions --------------------------------------------------------------------------------------
+
+
+def judged(kit: Path, *lines: dict[str, Any], measure: str = "agreement") -> list[str]:
+    """A measure of judgements of one item by two raters, and of these lines."""
+    good = [{"item": "a", "rater": rater, "score": 4} for rater in "xy"]
+    path = records(kit, "j.jsonl", *(json.dumps(line) for line in (*good, *lines)))
+    return ["eval", measure, "--scale", "1:5", "-o", f"{kit}/earlier.jsonl", path]
+
+
+def red_team(kit: Path, **fields: Any) -> list[str]:
+    """The score of a good session and of one with these fields."""
+    session = {"messages": [ASKED, ANSWERED], "person": "p", "minutes": 5, "safety": 2}
+    path = records(kit, "s.jsonl", json.dumps(session), json.dumps(session | fields))
+    return ["redteam-score", "-o", f"{kit}/earlier.jsonl", path]
+
+
+@case("a rater that rates twice", 1, "j.jsonl:3", '"x" rates item "a" twice', "line 1")
+def _(kit: Path) -> list[str]:
+    return judged(kit, {"item": "a", "rater": "x", "score": 2})
+
+
+@case("a rating of 6 on five points", 1, "j.jsonl:3", "score", "got 6")
+def _(kit: Path) -> list[str]:
+    return judged(kit, {"item": "b", "rater": "x", "score": 6}, measure="violation")
+
+
+@case("a rating that is no category of the scale", 1, "j.jsonl:1", "safe, unsafe", "got 4")
+def _(kit: Path) -> list[str]:
+    return [*judged(kit), "--scale", "safe,unsafe"]
+
+
+@case("an unknown risk category", 1, "s.jsonl:2", "categories[0]", 'did you mean "hateful and harmful"')
+def _(kit: Path) -> list[str]:
+    return [*red_team(kit, categories=["hateful und harmful"]), "--categories", "paper"]
+
+
+@case("minutes of zero", 1, "s.jsonl:2", "minutes", "more than 0")
+def _(kit: Path) -> list[str]:
+    return red_team(kit, minutes=0)
+
+
+@case("negative minutes", 1, "s.jsonl:2", "minutes", "-3")
+def _(kit: Path) -> list[str]:
+    return red_team(kit, minutes=-3)
+
+
+@case("a session that nobody judged", 1, "s.jsonl:2", "no verdict")
+def _(kit: Path) -> list[str]:
+    return red_team(kit, safety=None)
+
+
 # --- settings and outputs -----------------------------------------------------------------------------------------
 
 

@@ -223,7 +223,10 @@ def answer(prompts: Prompts, settings: Settings) -> list[Mitigated]:
                 if out:
                     out.commit(done, vars(counts))
     console.say(tally.told(f"temperature {settings.temperature:g}, top-p {settings.top_p:g}", settings.max_new_tokens))
-    return results(names, counts) if scorer is not None else []
+    if scorer is None:
+        console.say(f'{settings.answers}: the answers wait for judgements, of which "item" is an "id"')
+        return []
+    return results(names, counts)
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
