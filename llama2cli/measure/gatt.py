@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama2cli.measure.flow import Table
-from llama2cli.measure.intervals import mean
+from llama2cli.measure.intervals import Estimate, mean
 from llama2cli.measure.rates import Rate, interval, metric, percent, wilson
 from llama2cli.text.records import Record
 
@@ -253,7 +253,13 @@ class Attention:
 def attention_metrics(model: str, attention: Attention) -> Iterator[Record]:
     """Metric records: gatt.attention by turn, the mean over dialogues."""
     for turn, values in sorted(attention.paid.items()):
-        yield mean(values).record("gatt.attention", model=model, turn=turn)
+        yield mean_weight(values).record("gatt.attention", model=model, turn=turn)
+
+
+def mean_weight(values: Sequence[float]) -> Estimate:
+    """The mean with Student's interval, which ends where weights do."""
+    found = mean(values)
+    return found if found.low is None else found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def attention_table(models: Mapping[str, Attention]) -> Table:
@@ -262,7 +268,7 @@ def attention_table(models: Mapping[str, Attention]) -> Table:
     for turn in shown_turns(max(turn for a in models.values() for turn in a.paid)):
         cells, ns = [], []
         for a in models.values():
-            estimate = mean(a.paid[turn]) if turn in a.paid else None
+            estimate = mean_weight(a.paid[turn]) if turn in a.paid else None
             spread = f" ({estimate.low:.2f}-{estimate.high:.2f})" if estimate and estimate.low is not None else ""
             cells.append(f"{estimate.value:.3f}{spread}" if estimate else "-")
             ns.append(f"{estimate.n}" if estimate else "0")

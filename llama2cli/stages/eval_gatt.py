@@ -342,15 +342,16 @@ def own_constraint(record: Record, place: Place, settings: Settings) -> Record |
     """The constraint that a dialogue brings, where it can be judged. Raises DataError, which names the field."""
     from llama2cli.measure.checkers import compile_check
 
+    where: tuple[object, ...] = place
     if record.get("constraint") is not None:
-        given = record["constraint"]
+        given, where = record["constraint"], (*place, "constraint")
         if not isinstance(given, dict):
-            raise DataError("constraint: expected an object with kind, instruction and check", *place)
+            raise DataError("expected an object with kind, instruction and check", *where)
     elif isinstance(record.get("instruction"), str):
         given = {name: record[name] for name in ("kind", "instruction", "short", "check") if name in record}
     else:
         return None
-    made = lists.constraint({"kind": OWN, **given}, place, compile_check)
+    made = lists.constraint({"kind": OWN, **given}, where, compile_check)
     return made if "check" in made or settings.judge is not None else None
 
 
