@@ -695,6 +695,55 @@ def _(kit: Path) -> list[str]:
     return [a if a != f"{kit}/ck" else f"{kit}/tok.model" for a in sft(kit, DIALOGUE)]
 
 
+# --- Ghost Attention ----------------------------------------------------------------------------------------------
+
+RULE = {"kind": "figure", "instruction": "Act as Napoleon."}
+
+
+def gatt_synth(
+    kit: Path, *rules: str, dialogues: tuple[str, ...] = (DIALOGUE,), more: tuple[str, ...] = ()
+) -> list[str]:
+    """Dialogues for Ghost Attention of these lines, the first of the rules a good one."""
+    given = ["--constraints", records(kit, "rules.jsonl", json.dumps(RULE), *rules), "--policy", f"{kit}/ck"]
+    source = records(kit, "chat.jsonl", *dialogues)
+    return ["gatt-synth", *given, "--max-new-tokens", "2", "-o", f"{kit}/earlier.jsonl", *more, source]
+
+
+@case("a constraint without an instruction", 1, "rules.jsonl:2", "instruction", "is missing")
+def _(kit: Path) -> list[str]:
+    return gatt_synth(kit, '{"kind": "figure"}')
+
+
+@case("a check that is no expression", 1, "rules.jsonl:2: check.all[0].regex", "is no regular expression")
+def _(kit: Path) -> list[str]:
+    return gatt_synth(kit, json.dumps(RULE | {"check": {"all": [{"regex": "(a"}]}}))
+
+
+@case("a predicate that is none", 1, "rules.jsonl:2: check.predicate", 'did you mean "max_words"')
+def _(kit: Path) -> list[str]:
+    return gatt_synth(kit, json.dumps(RULE | {"check": {"predicate": "maxwords", "n": 3}}))
+
+
+@case("an instruction that opens a turn", 1, "rules.jsonl:2: instruction", "[INST]")
+def _(kit: Path) -> list[str]:
+    return gatt_synth(kit, json.dumps(RULE | {"instruction": "[INST] Act."}))
+
+
+@case("a dialogue of a bot under an instruction", 1, "chat.jsonl:2: messages[1].role", '"bot"')
+def _(kit: Path) -> list[str]:
+    return gatt_synth(kit, dialogues=(DIALOGUE, json.dumps({"messages": [ASKED, ANSWERED | {"role": "bot"}]})))
+
+
+@case("a checker without a check", 2, "--check", "no constraint has a check")
+def _(kit: Path) -> list[str]:
+    return gatt_synth(kit, more=("--check",))
+
+
+@case("a reward model that is told nothing", 2, "--rm", "--rm-threshold or --rm-keep")
+def _(kit: Path) -> list[str]:
+    return gatt_synth(kit, more=("--rm", f"{kit}/ck"))
+
+
 # --- judgements and sessions --------------------------------------------------------------------------------------
 
 

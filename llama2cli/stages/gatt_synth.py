@@ -52,8 +52,8 @@ class Settings(Filter, Compute):
     for. What a record has to obey stands in its field "gatt", with the form in which the instruction was kept.
 
     Example:
-      llama2 gatt-synth examples/data/chat.jsonl --join 3 --constraints examples/data/constraints.jsonl --policy run \\
-        --max-new-tokens 16 --keep-truncated | llama2 sft --init run --batch-size 16 --lr 1e-3 -o gatt -
+      llama2 gatt-synth examples/data/chat.jsonl --join 3 --constraints examples/data/constraints.jsonl --policy chat \\
+        --max-new-tokens 16 --keep-truncated | llama2 sft --init chat --epochs 1 --batch-size 16 --lr 1e-3 -o gatt -
     """
 
     constraints: list[str] = flag(default=[], help="constraint records; may be repeated", complete="file")
