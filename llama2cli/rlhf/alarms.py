@@ -3,6 +3,8 @@
 1. Answers become much longer or shorter than they were: length is what a reward model is fooled by first.
 2. The policy is far from where it began: behind the bound the reward models judge what they have never seen.
 3. On held-out prompts the reward rises while a judge that was not trained on likes the answers less.
+
+And a sign that something is wrong with the run itself: the probabilities of sampling are not those of training.
 """
 
 from __future__ import annotations
@@ -25,6 +27,13 @@ def far(kl: float, bound: float) -> str | None:
         if kl > bound
         else None
     )
+
+
+def rounding(gap: float, bound: float = 0.01) -> str | None:
+    """Whether the ratio of new to old probability, before any update, is farther from 1 than rounding makes it."""
+    if gap > bound:
+        return f"sampling and training differ by {gap:.2g} in the probability of a token: try --old-logprobs recomputed"
+    return None
 
 
 def gamed(now: Mapping[str, Any], best: Mapping[str, Any]) -> str | None:

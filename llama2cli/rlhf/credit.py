@@ -23,9 +23,9 @@ Whiten = Literal["batch", "running", "none"]
 class Terms:
     """What the paper fixes and what it leaves open, see the top of `ppo`.
 
-    whiten: over the batch, all batches so far, or not. shift_mean: the mean becomes 0 too. reward_clip: bound of a
-    whitened reward, 0 for none. cut_penalty: taken from the whitened reward of an answer that was cut. per: where the KL
-    is paid. whiten_advantages: over the tokens of a batch.
+    per: where the KL is paid. whiten: over the batch, all batches so far, or not. shift_mean: the mean becomes 0 too.
+    reward_clip: bound of a whitened reward, 0 for none. cut_penalty: taken from the whitened reward of an answer that
+    was cut. whiten_advantages: over the tokens of a batch.
     """
 
     beta: float

@@ -60,6 +60,7 @@ class Settings(Training):
         help="share of each source's prompts, or prompts, that are not trained on but measured",
         complete="file",
     )
+    text: bool = flag(default=False, help="the prompts are plain text, one on each line")
     system: str | None = flag(default=None, help="system prompt, where there is no other")
     tags: Literal["refuse", "escape", "keep"] = flag(
         default="refuse", help="what to do with tags of the chat format, as [INST], in prompts"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +20,7 @@ from llama2cli.stages.ppo import Settings
 from llama2cli.text.chat import encode_conversation
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.records import Record
-from llama2cli.text.streams import Place, read_records
+from llama2cli.text.streams import Place, read_records, read_texts
 from llama2cli.text.tokenizer import Tokenizer
 from llama2cli.training import answers, examples, tuning
 from llama2cli.training.answers import Rows
@@ -115,11 +115,12 @@ def prepare(settings: Settings, world: World) -> Job:
         lam=settings.lam,
         whiten_advantages=settings.whiten_advantages,
     )
-    plain = ["system", "tags", "max_new_tokens", "temperature", "rollout_rows", "mini_batch", "ppo_epochs"]
-    plain += ["clip_ratio", "value", "value_weight", "value_clip", "old_logprobs", "frozen_dtype", "patience"]
+    same = ["system", "tags", "max_new_tokens", "temperature", "rollout_rows", "mini_batch", "ppo_epochs", "clip_ratio"]
+    same += ["kl", "kl_per", "whiten", "whiten_mean", "whiten_advantages", "reward_clip", "cut_penalty", "gamma", "lam"]
+    same += ["value", "value_weight", "value_clip", "old_logprobs", "frozen_dtype", "offload", "patience"]
     resolved = {
-        **{name: getattr(settings, name) for name in plain},
-        **dataclasses.asdict(terms),
+        **{name: getattr(settings, name) for name in same},
+        "beta": beta,
         "value_lr": 3 * settings.lr if settings.value_lr is None else settings.value_lr,
         "value_init": None if value is None else provenance.fingerprint(value),
         "reward_models": {name: provenance.fingerprint(folder) for name, folder in scorers.items()},
@@ -187,7 +188,7 @@ def read(
     tally, parts = Tally(), []
     for source in named:
         before = len(prompts.ids)
-        for place, plain in read_records([source.path], "prompt"):
+        for place, plain in read_prompts(settings, source.path):
             record = with_system(plain, settings.system)
             found = [
                 (encode_conversation(tokenizer, record["messages"], tags=settings.tags, place=place).ids, context)
@@ -202,6 +203,13 @@ def read(
             raise DataError("holds no prompt to answer", source.path)
         parts.append(examples.part(source, before, len(prompts.ids)))
     return parts
+
+
+def read_prompts(settings: Settings, path: str) -> Iterator[tuple[Place, Record]]:
+    """The prompts of a file; a line of text is one."""
+    if not settings.text:
+        return read_records([path], "prompt")
+    return ((place, {"messages": [{"role": "user", "content": line}]}) for place, line in read_texts([path]))
 
 
 def digest(prompts: Prompts, part: Part) -> str:

@@ -90,6 +90,7 @@ class Loop:
         self.roles = load(job, folder.step_folder if at.step else None)
         self.moments = Moments(*at.extra.get("moments", ()))
         self.saved = at.step
+        self.metrics: dict[str, Any] = {}  # of the last step
         self.held_answers: Rollout | None = None
         origin = provenance.collect(settings, job.inputs)
         session.write_settings(folder, settings, job.resolved, origin)
@@ -174,7 +175,7 @@ class Loop:
         # held-out prompts, and what is odd
         measured = bool(job.heldout) and due(at.step, job.resolved["eval_every"], job.resolved["steps"])
         if measured:
-            found, self.held_answers = measure(job, roles, {}, self.stop)
+            found, self.held_answers = measure(job, roles, {}, Stop())  # the weights have moved: it is not given up
             metrics |= found
         alarms = self.alarms(metrics, means["length"])
         metrics |= {"alarms": alarms} if alarms else {}
@@ -209,6 +210,7 @@ class Loop:
         found = [
             alarms.length_drift(length, self.at.extra["first_length"], settings.alarm_length),
             alarms.far(metrics["kl"], settings.alarm_kl),
+            alarms.rounding(metrics["ratio_gap"]),
         ]
         if "heldout" in metrics and settings.judge is not None:
             found.append(alarms.gamed(metrics["heldout"], self.at.extra["held"]))

@@ -29,28 +29,39 @@ def note(metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     return f"{told}, {total:.3g} s ({phases})"
 
 
+SHOWN = {  # metrics of a step: the head of their column
+    "reward": "reward",
+    "help": "help",
+    "safe": "safe",
+    "kl": "KL",
+    "entropy": "entropy",
+    "clip_fraction": "clipped",
+    "explained_variance": "explained",
+    "length": "tokens",
+    "truncated": "cut",
+}
+HELD_OUT = {"reward": "held-out reward", "judge": "judge"}
+
+
 def show_end(run: Run) -> None:
-    """The curve of the run, and where its time went."""
-
+    """The curve of the run, about a dozen lines of it, and where its time went."""
     lines = run.read(METRICS)
-    iterations = [m for m in lines if m["step"]]
-    every = max(1, len(iterations) // 12)
-    shown = [m for m in iterations if "heldout" in m or m["step"] % every == 0 or m is iterations[-1]]
-
-    def cells(m: Mapping[str, Any]) -> tuple[str, ...]:
-        held = m.get("heldout", {})
-        values = [m.get(k) for k in ("reward", "help", "safe", "kl", "entropy", "clip_fraction", "explained_variance")]
-        values += [m.get("length"), m.get("truncated"), held.get("reward"), held.get("judge")]
-        return (f"{m['step']:,}", *("" if v is None else f"{v:.3g}" for v in values))
-
-    columns = ["step", "reward", "help", "safe", "KL", "entropy", "clipped", "explained", "tokens", "cut"]
-    console.table(
-        "", [*columns, "held-out reward", "judge"], map(cells, [*lines[:1], *shown] if lines[0] not in shown else shown)
-    )
+    every = max(1, len(lines) // 12)
+    shown = [m for m in lines if "heldout" in m or m["step"] % every == 0 or m is lines[-1]]
+    columns = [("step", [f"{m['step']:,}" for m in shown])]
+    columns += [(head, [number(m.get(name)) for m in shown]) for name, head in SHOWN.items()]
+    columns += [(head, [number(m.get("heldout", {}).get(name)) for m in shown]) for name, head in HELD_OUT.items()]
+    columns = [(head, cells) for head, cells in columns if any(cells)]
+    console.table("", [head for head, _ in columns], zip(*(cells for _, cells in columns)))
     timing = run.read(TIMING)
     phases = {p: sum(t.get(f"{p}_seconds", 0.0) for t in timing) for p in ("rollout", "scoring", "update")}
     total = sum(phases.values()) or 1.0
     console.say("time: " + ", ".join(f"{phase} {s:.1f} s ({s / total:.0%})" for phase, s in phases.items()))
-    alarms = sum(len(m.get("alarms", ())) for m in iterations)
+    alarms = sum(len(m.get("alarms", ())) for m in lines)
     if alarms:
-        console.warn(f"{alarms} alarms; metrics.jsonl has them by step")
+        console.warn(f"{alarms} {'alarm' if alarms == 1 else 'alarms'}; metrics.jsonl has them by step")
+
+
+def number(value: float | None) -> str:
+    """For a cell; nothing where there is none."""
+    return "" if value is None else f"{value:.3g}"
