@@ -163,7 +163,12 @@ def on_the_way(ids_N: Tensor) -> Callable[[], list[int]]:
     here = torch.empty(ids_N.shape, dtype=ids_N.dtype, pin_memory=True).copy_(ids_N, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    return lambda: (arrived.synchronize(), here.tolist())[1]
+
+    def read() -> list[int]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return read
 
 
 class Batch:
@@ -473,9 +478,9 @@ class Talk:
         for step in range(limit):
             with torch.inference_mode():  # not around the yield: the caller's code is no inference
                 drawn = draw(logits[:, : engine.vocab_size], policy, uniform[step : step + 1, None])
-                if not drawn.sound_N.all():
+                token = int(torch.where(drawn.sound_N, drawn.ids_N, NOT_FINITE))
+                if token == NOT_FINITE:
                     raise not_finite()
-                token = int(drawn.ids_N)
             yield token
             if token == engine.eos_id or step + 1 == limit:
                 return

@@ -10,12 +10,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llama2cli import cli
+from llama2cli.nn.config import ModelConfig
+from llama2cli.nn.model import Llama
+from llama2cli.sampling import graphs
+from llama2cli.sampling.engine import Batch, Engine, Result
+from llama2cli.sampling.graphs import Steps
+from llama2cli.sampling.sampler import SampleParams
 
 DEVICE = os.environ.get("LLAMA2_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -90,3 +97,179 @@ def test_compiled_layers(home: Path) -> None:
     plain = train(home, "plain", "--device", DEVICE, "--dtype", "fp32")
     compiled = train(home, "compiled", "--device", DEVICE, "--dtype", "fp32", "--compile")
     assert [m["loss"] for m in compiled] == pytest.approx([m["loss"] for m in plain], rel=1e-4)
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+VOCAB, CONTEXT = 500, 640
+FORMS = ["graphs", "compiled"]
+
+
+class Ends:
+    """What the engine needs of a tokenizer."""
+
+    eos_id, vocab_size = 2, VOCAB
+
+
+def model(kv_heads: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> Llama:
+    """A small model with logits far enough apart for greedy decoding to mean something."""
+    model = Llama(ModelConfig(VOCAB, 128, 256, 3, 4, kv_heads, CONTEXT))
+    model.init_weights(seed=seed, std=0.2)
+    return model.to(DEVICE, dtype).eval()
+
+
+def asked(count: int, longest: int = 60) -> list[list[int]]:
+    """Prompts of different length, every third of them twice more."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    prompts = [[1, *torch.randint(3, VOCAB, (n,), generator=generator).tolist()] for n in lengths]
+    return prompts + prompts[::3] * 2
+
+
+def answers(engine: Engine, prompts: list[list[int]], new: int, temperature: float) -> list[Result]:
+    params = [SampleParams(new + 5 * i % 90, temperature, seed=1, index=i) for i in range(len(prompts))]
+    return engine.generate(prompts, params, logprobs=True)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, form: str) -> list[Any]:
+    """Decode in a form from now on; what is recorded."""
+    made: list[Any] = []
+    monkeypatch.setenv("LLAMA2_DECODE", form)
+    monkeypatch.setattr(graphs, "_failed", set())
+    recorder = graphs.cuda_recorder
+
+    def counting() -> graphs.Recorder:
+        record = recorder()
+        return lambda work: (made.append(work), record(work))[1]
+
+    monkeypatch.setattr(graphs, "cuda_recorder", counting)
+    return made
+
+
+def check_recorded(made: list[Any]) -> None:
+    """That steps were recorded, and that nothing fell back to a simpler form."""
+    assert graphs._failed == set()
+    assert DEVICE == "cpu" or len(made) > 2
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_recorded_steps_are_greedy_alike(monkeypatch: pytest.MonkeyPatch, form: str, kv_heads: int) -> None:
+    """fp32, temperature 0, beyond one bucket of keys: token for token the answers of plain steps, each up to its first
+    near-tie, which its log-probability under one forward pass shows."""
+    prompts, llama = asked(40), model(kv_heads)
+    monkeypatch.setenv("LLAMA2_DECODE", "plain")
+    want = answers(Engine(llama, Ends(), rows=24), prompts, 250, 0.0)
+    made = use(monkeypatch, form)
+    got = answers(Engine(llama, Ends(), rows=24), prompts, 250, 0.0)
+    check_recorded(made)
+    differ = [(p, a.ids, b.ids) for p, a, b in zip(prompts, got, want) if a.ids != b.ids]
+    for prompt, ours, theirs in differ:
+        at = next(i for i, (x, y) in enumerate(zip(ours, theirs)) if x != y)
+        with torch.no_grad():
+            logits = llama.logits(llama(torch.tensor([prompt + theirs[:at]], device=DEVICE)))[0, -1]
+        best = logits.topk(2).values
+        assert best[0] - best[1] < 1e-3, f"{ours[at]} for {theirs[at]}"
+    assert len(differ) <= len(prompts) // 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", *FORMS])
+def test_kept_log_probabilities_are_those_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype
+) -> None:
+    """Against one forward pass over what was drawn: within 1e-4 in fp32, in bf16 within its rounding."""
+    made = use(monkeypatch, form)
+    prompts, llama = asked(40), model(dtype=dtype)
+    for prompt, result in zip(prompts, answers(Engine(llama, Ends(), rows=24), prompts, 100, 1.0)):
+        with torch.no_grad():
+            logits = llama.logits(llama(torch.tensor([prompt + result.ids], device=DEVICE)))[0].double().cpu()
+        ids = torch.tensor(result.ids)[:, None]
+        plain = torch.log_softmax(logits[len(prompt) - 1 : -1], -1).gather(1, ids)[:, 0]
+        difference = (torch.tensor(result.logprobs) - plain).abs()
+        assert difference.max() < 1e-4 if dtype == torch.float32 else difference.mean() < 0.05
+    if form != "plain":
+        check_recorded(made)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("how", ["in place", "new memory"])
+def test_rollouts_follow_the_weights(monkeypatch: pytest.MonkeyPatch, form: str, how: str) -> None:
+    """One engine, weights that move between its calls, as in PPO: it answers as a new engine does."""
+    made = use(monkeypatch, form)
+    prompts, llama, other = asked(20), model(), model(seed=5)
+    engine = Engine(llama, Ends(), rows=8)
+    before = answers(engine, prompts, 60, 1.0)
+    with torch.no_grad():
+        for ours, theirs in zip(llama.parameters(), other.parameters()):
+            if how == "in place":
+                ours.copy_(theirs)
+            else:
+                ours.data = theirs.clone()
+    after = answers(engine, prompts, 60, 1.0)
+    new = answers(Engine(other, Ends(), rows=8), prompts, 60, 1.0)
+    assert [r.ids for r in after] == [r.ids for r in new]
+    assert [r.ids for r in after] != [r.ids for r in before]
+    check_recorded(made)
+
+
+@pytest.mark.parametrize("form", ["plain", *FORMS])
+def test_memory_is_free_after_the_answers(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """The cache, the recordings and their memory are gone when generate() returns; torch can give all of it back."""
+    use(monkeypatch, form)
+    engine = Engine(model(), Ends(), rows=32)
+    answers(engine, asked(40), 100, 1.0)  # libraries take memory of their own, once
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        answers(engine, asked(40), 100, 1.0)
+        assert torch.cuda.memory_allocated() == before
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= reserved + (4 << 20)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_steps_and_draws_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, top_p: float) -> None:
+    """CUDA is told to raise an error where one of its calls waits. Reading tokens is elsewhere (`finished`)."""
+    made = use(monkeypatch, "graphs")
+    checked: list[str] = []
+
+    def strictly(name: str, function: Any) -> Any:
+        def call(self: Any, *args: Any) -> Any:
+            if isinstance(self, Steps):
+                bucket = graphs.row_bucket(args[0], len(self.ids_R)), graphs.key_bucket(args[1] + 1, self.cache.size)
+                if not self.recorded.get(bucket):  # it is to be recorded now, or at the next step
+                    return function(self, *args)
+            if DEVICE == "cpu":
+                return function(self, *args)
+            checked.append(name)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(self, *args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
+    monkeypatch.setattr(Steps, "run", strictly("run", Steps.run))
+    monkeypatch.setattr(Batch, "sample", strictly("sample", Batch.sample))
+    prompts = asked(20)
+    params = [SampleParams(80, 0.8, top_p, seed=1, index=i) for i in range(len(prompts))]
+    Engine(model(), Ends(), rows=8).generate(prompts, params, logprobs=True)
+    check_recorded(made)
+    assert DEVICE == "cpu" or {"run", "sample"} <= set(checked)
+
+
+@pytest.mark.parametrize("form", ["plain", *FORMS])
+def test_commands_in_each_form(home: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """LLAMA2_DECODE=... llama2 generate, temperature 0, fp32: the text of the CPU."""
+    train(home, f"form-{form}", "--device", "cpu", "--dtype", "fp32")
+    (home / "q.jsonl").write_text("".join(json.dumps({"text": t[:12]}) + "\n" for t in TEXTS[:8]))
+    texts = []
+    for name, device in (("plain", "cpu"), (form, DEVICE)):
+        monkeypatch.setenv("LLAMA2_DECODE", name)
+        out = home / f"{form}-{name}-{len(texts)}.jsonl"
+        fixed = ["--model", f"{home}/form-{form}", "--max-new-tokens", "24", "--temperature", "0", "--dtype", "fp32"]
+        run("generate", *fixed, "--device", device, "-o", str(out), f"{home}/q.jsonl")
+        texts.append([json.loads(line)["completion"] for line in out.read_text().splitlines()])
+    assert texts[0] == texts[1]
