@@ -136,6 +136,7 @@ def prepare(settings: Settings, world: World) -> Job:
             eval_every=length.eval_every,
         ),
     }
+    resolved["policy"] = resolved.pop("init")
     if settings.save_every is None:
         resolved["save_every"] = resolved["eval_every"]
     paths = [*(n.path for n in named), *split.paths, str(start.folder), *map(str, scorers.values())]

@@ -66,7 +66,7 @@ def train(job: Job, held: Held, stop: Stop) -> dict[str, Any]:
 
     folder = Run(job.settings.out, resume=job.settings.resume, world=job.world)
     try:
-        at, machine = session.resume(folder, job.resolved, free={*session.FREE, "patience"})
+        at, machine = session.resume(folder, job.resolved, free={*session.FREE, "patience", "offload"})
         if at.extra.get("ended"):
             console.say(f"{folder.folder}: ended early at step {at.step:,}; --patience 0 and a new run go further")
         elif at.step < job.resolved["steps"]:
@@ -238,7 +238,7 @@ class Loop:
         best = candidate and self.is_best(metrics)
         if best:
             self.at.best = (self.at.step, metrics[HELD_OUT])
-        needed = save_bytes(self.job)
+        needed = memory.save_bytes(self.job)
         self.folder.save(
             self.at.step,
             lambda aside: self.write(aside, metrics),
@@ -272,15 +272,6 @@ class Loop:
         state.save(aside, self.at, policy.named, policy.optimizer, world, weights=rounded, extra=extra)
         if value is None:
             roles.save_value_head(aside, policy.model, world)
-
-
-def save_bytes(job: Job) -> int:
-    """Disk that one saved step takes: as of other stages, for each model that trains."""
-
-    number = 12 if job.settings.save_dtype == "fp32" else 14
-    weights = budget.n_params(job.start.config)
-    weights += 0 if job.value_config is None else budget.n_params(job.value_config, scorer=True)
-    return round(1.01 * number * weights) + 6 * len(job.start.tokenizer.proto) + (1 << 20)
 
 
 def flops_per_token(job: Job) -> float:
