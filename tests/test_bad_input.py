@@ -904,7 +904,7 @@ def test_one_line_and_the_exit_code(name: str, kit: Path, capsys: pytest.Capture
     assert cli.invoke([*args, "--quiet"]) == code
     lines = told(capsys.readouterr().err)
     assert len(lines) == 1, lines
-    assert lines[0].startswith(f"llama2 {args[0]}: ")
+    assert lines[0].startswith(f"llama2 {cli.command_of(args)}: ")
     assert "internal error" not in lines[0]
     for word in words:
         assert word.lower() in lines[0].lower()
