@@ -3,7 +3,8 @@
 Choices where the paper is silent, beside those at the top of `rlhf/gatt.py` and `sampling/turns.py`:
 1. Every answer of a dialogue is sampled anew, so that those before the last obey as well: they are what it follows.
 2. Half of the instructions are combinations. Temperature and top-p are those of a chat with the policy.
-3. An answer that was cut at --max-new-tokens is context like any other, but is not trained unless asked for.
+3. An answer that was cut at --max-new-tokens is context like any other, but is not trained unless asked for. An empty
+   one never is.
 4. A checker admits a record where all of its answers obey; a reward model where the trained one scores well. It reads
    the dialogue as the policy was shown it, with the instruction in every user message.
 5. --rm-keep is a share of each window's records, carried over from window to window: all is never held at once.
@@ -142,6 +143,7 @@ class Counts:
     unanswered: int = 0
     made: int = 0
     truncated: int = 0
+    empty: int = 0
     broken: int = 0
     poor: int = 0
     kept: int = 0
@@ -223,6 +225,8 @@ def run(settings: Settings) -> None:
         with models.server or nullcontext(), console.Progress("gatt-synth", unit="answers") as progress:
             named = state["named"] if "named" in state else ask(models.policy, settings, progress)
             drawn_from = settle_constraints([*given, *named], settings)
+            for kind in lists.kinds(drawn_from):
+                counts.kinds.setdefault(kind, Kind())
             # 3. the dialogues
             for window in windows(out.rest(dialogues), settings.window):
                 plans = plan(window, drawn_from, settings, counts)
@@ -445,7 +449,7 @@ def make(
         counts.turns += r.turns
         counts.combined += len(p.drawn.constraints) > 1
         for c in p.drawn.constraints:
-            counts.kinds.setdefault(c["kind"], Kind()).drawn += 1
+            counts.kinds[c["kind"]].drawn += 1
         dialogues = rewrite(r.messages, p.drawn.kept, place=settings.place, expand=True) if r.turns else []
         fitting = [Candidate(p, r, turn, messages) for turn, messages in enumerate(dialogues, 1)]
         while fitting and length(fitting[-1], policy, settings) > policy.engine.context:
@@ -481,12 +485,14 @@ def length(candidate: Candidate, policy: Voice, settings: Settings) -> int:
 def chosen(
     candidates: Sequence[Candidate], scorer: Scorer | None, settings: Settings, counts: Counts
 ) -> list[Candidate]:
-    """The candidates that are written: not those whose answer was cut, that disobey, or that score badly. Counted."""
+    """The candidates that are written: no answer that was cut, is empty, disobeys or scores badly is trained. Counted."""
     obeyed = obedience(candidates, counts)
     kept = []
     for c in candidates:
         if c.truncated and not settings.keep_truncated:
             counts.truncated += 1
+        elif not c.messages[-1]["content"].strip():
+            counts.empty += 1
         elif settings.check and not all(obeyed[id(c.rolled)][: c.turn]):
             counts.broken += 1
         else:
@@ -650,6 +656,7 @@ def report(counts: Counts, tally: Tally, sampling: Any, settings: Settings) -> N
         (counts.few, f"left out: fewer than {settings.min_turns} turns"),
         (counts.unanswered, "left out: no turn fits into the context"),
         (counts.truncated, "records left out: the trained answer was cut (--keep-truncated keeps such)"),
+        (counts.empty, "records left out: the trained answer is empty"),
         (counts.broken, "records left out: an answer disobeys"),
         (counts.poor, "records left out by the reward model"),
         (counts.forgot, "scored without their first turns, which the reward model's context does not hold"),
