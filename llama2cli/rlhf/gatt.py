@@ -99,6 +99,15 @@ def rewrite(
     return [weighted(keep_once(dialogue, instruction, place)) for dialogue in chosen]
 
 
+def best_share(rewards: Sequence[float], share: float, before: int = 0) -> list[int]:
+    """The indices of the best of a window, in order: as many as keep the share of all records so far.
+
+    before: records of earlier windows, of which round(share * before) were kept. Of equal rewards the first is better.
+    """
+    n = round(share * (before + len(rewards))) - round(share * before)
+    return sorted(sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[:n])
+
+
 # --- which instruction --------------------------------------------------------------------------------------------
 
 

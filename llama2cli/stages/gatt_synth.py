@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llama2cli import console, provenance
-from llama2cli.errors import DataError, Misuse
+from llama2cli.errors import Misuse
 from llama2cli.settings import Compute, Filter, flag
 from llama2cli.text import constraints as lists
 from llama2cli.text.chat import encode_dialogue
@@ -223,7 +223,7 @@ def run(settings: Settings) -> None:
         state = out.state or {}
         counts, done, tally = Counts.start(state.get("counts")), out.skip, Tally()
         with models.server or nullcontext(), console.Progress("gatt-synth", unit="answers") as progress:
-            named = state["named"] if "named" in state else ask(models.policy, settings, progress)
+            named = state["named"] if "named" in state else ask(models.policy, settings)
             drawn_from = settle_constraints([*given, *named], settings)
             for kind in lists.kinds(drawn_from):
                 counts.kinds.setdefault(kind, Kind())
@@ -314,38 +314,12 @@ def load(settings: Settings, sampling: Any) -> Models:
     return Models(voice, scorer, server)
 
 
-def ask(policy: Voice, settings: Settings, progress: console.Progress) -> list[Record]:
-    """The constraints that the policy names. Raises DataError where it names none of a kind."""
-    from llama2cli.sampling.samples import sample_records
+def ask(policy: Voice, settings: Settings) -> list[Record]:
+    """The constraints that the policy names, where it is asked."""
+    from llama2cli.sampling.lists import ask
 
-    found: list[Record] = []
-    for kind in dict.fromkeys(settings.ask):
-        question = {"role": "user", "content": lists.ASKED[kind].question.replace("{n}", str(lists.LENGTH))}
-        [samples] = sample_records(
-            [(Place(f"--ask {kind}", 1), {"messages": [question]})],
-            policy.engine,
-            policy.tokenizer,
-            k=settings.ask_lists,
-            temperature=policy.temperature,
-            top_p=policy.top_p,
-            seed=settings.seed,
-            max_new_tokens=settings.max_new_tokens,
-            policy=policy.policy,
-        )
-        names, n_useless = [], 0
-        for sample in samples:
-            good, useless = lists.parse_list(sample["messages"][-1]["content"], whole=not sample["truncated"])
-            names += good
-            n_useless += useless
-        made, twice = lists.of_names(kind, names)
-        if not made:
-            raise DataError(f"the policy named none in {len(samples)} lists; give --constraints", f"--ask {kind}")
-        progress.say(
-            f"{kind}: {len(made):,} named in {len(samples)} {'list' if len(samples) == 1 else 'lists'}, "
-            f"{twice:,} more than once, {n_useless:,} lines are no name"
-        )
-        found += made
-    return found
+    most = settings.max_new_tokens
+    return ask(policy, settings.ask, lists=settings.ask_lists, seed=settings.seed, max_new_tokens=most)
 
 
 def settle_constraints(constraints: list[Record], settings: Settings) -> list[Record]:
@@ -485,7 +459,7 @@ def length(candidate: Candidate, policy: Voice, settings: Settings) -> int:
 def chosen(
     candidates: Sequence[Candidate], scorer: Scorer | None, settings: Settings, counts: Counts
 ) -> list[Candidate]:
-    """The candidates that are written: no answer that was cut, is empty, disobeys or scores badly is trained. Counted."""
+    """The candidates that are written. Counted: those whose answer was cut, is empty, disobeys or scores badly."""
     obeyed = obedience(candidates, counts)
     kept = []
     for c in candidates:
@@ -549,16 +523,14 @@ def score(candidates: Sequence[Candidate], scorer: Scorer, settings: Settings, c
 def rewarded(candidates: Sequence[Candidate], settings: Settings, counts: Counts) -> list[Candidate]:
     """The candidates whose reward is high enough, in their order."""
     from llama2cli.measure.rates import sigmoid
+    from llama2cli.rlhf.gatt import best_share
 
     rewards = [c.reward or 0.0 for c in candidates]
     before = counts.scored
     counts.scored += len(candidates)
     if settings.rm_threshold is not None:
         return [c for c, reward in zip(candidates, rewards) if sigmoid(reward) >= settings.rm_threshold]
-    share = settings.rm_keep or 0.0
-    n = round(share * counts.scored) - round(share * before)
-    best = set(sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[:n])
-    return [c for i, c in enumerate(candidates) if i in best]
+    return [candidates[i] for i in best_share(rewards, settings.rm_keep or 0.0, before)]
 
 
 # --- records ------------------------------------------------------------------------------------------------------

@@ -104,6 +104,18 @@ def test_what_cannot_be_rewritten():
         gatt.keep_once(asked, "x", place="last")
 
 
+@given(st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=8), st.floats(0, 1))
+def test_a_share_of_the_best_over_windows(windows, share):
+    """The share of all, to half a record, and in each window none is left out that is better than one that is kept."""
+    seen = kept = 0
+    for rewards in windows:
+        chosen = gatt.best_share(rewards, share, seen)
+        seen, kept = seen + len(rewards), kept + len(chosen)
+        assert chosen == sorted(set(chosen)) and abs(kept - share * seen) <= 0.5 + 1e-9
+        others = [r for i, r in enumerate(rewards) if i not in chosen]
+        assert not chosen or not others or min(rewards[i] for i in chosen) >= max(others)
+
+
 # --- the instruction ----------------------------------------------------------------------------------------------
 
 

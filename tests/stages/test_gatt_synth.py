@@ -21,6 +21,7 @@ import transformers
 from llama2cli import cli
 from llama2cli.sampling.engine import Engine, Result
 from llama2cli.sampling.scoring import Scorer
+from llama2cli.text import constraints
 from llama2cli.text.chat import encode_dialogue
 from llama2cli.text.records import prompt_id, validate
 from llama2cli.text.tokenizer import Tokenizer, train
@@ -471,7 +472,7 @@ def test_a_killed_run_goes_on_without_sampling_again(run, folders, monkeypatch, 
         return real(self, prompts, *args, **kw)
 
     monkeypatch.setattr(Engine, "generate", generate)
-    monkeypatch.setattr(cli.stage("gatt-synth").lists, "parse_list", lambda text, **_: ([f"n{len(text)}"], 0))
+    monkeypatch.setattr(constraints, "parse_list", lambda text, **_: ([f"n{len(text)}"], 0))
     flags = [*KEEP, "--window", 2, "--expand", "--temperature", 1]
     flags += ["--rm", folders["rm"], "--rm-keep", 0.6] if where in ("scoring", "committing") else []
     flags += ["--ask", "hobby", "--ask-lists", 1] if where == "asked" else []
