@@ -5,8 +5,8 @@ which of them it gets is drawn from the seed and the prompt, so a prompt meets t
 
 What the paper leaves open:
 1. One teacher and its words are drawn for each prompt, not for each of its samples.
-2. A category is found by its name or one of its other names, upper or lower case. One that has no template gets a
-   teacher as prompts without a category do.
+2. A category is found by its name or one of its other names, upper or lower case, with spaces or underscores. One that
+   has no template gets a teacher as prompts without a category do.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Lesson(NamedTuple):
 
 @dataclass(frozen=True)
 class Templates:
-    """A file of templates. categories: by every name, in lower case. words: by {NAME}."""
+    """A file of templates. categories: by every name, as `category_key`. words: by {NAME}."""
 
     teachers: Sequence[Teacher]
     answer: str
@@ -96,7 +96,7 @@ class Templates:
 
     def category_of(self, record: Record) -> Category | None:
         """The category of a prompt, where it has one that there is a template for."""
-        return self.categories.get(record.get("category", "").strip().lower())
+        return self.categories.get(category_key(record.get("category", "")))
 
     def general(self, prompt: str, seed: int) -> Lesson | None:
         """A teacher for the prompt of this id, whatever its category; None where the file has none."""
@@ -127,6 +127,11 @@ class Templates:
         """A function that gives one of the words of a name, never the same twice."""
         left = {name: drawn.sample(list(words), len(words)) for name, words in self.words.items()}
         return lambda name: left[name].pop()
+
+
+def category_key(name: str) -> str:
+    """What the names of a category have in common, however they are written."""
+    return re.sub(r"[\s_]+", " ", name.strip(" :\t\n").lower())
 
 
 def _random(seed: int, prompt: str, kind: str) -> random.Random:
@@ -192,7 +197,7 @@ def _checked(given: Record) -> Templates:
     for i, category in enumerate(shaped.categories):
         for j, name in enumerate((category.name, *category.also)):
             where = f"categories[{i}]." + (f"also[{j - 1}]" if j else "name")
-            if not (key := name.strip().lower()):
+            if not (key := category_key(name)):
                 raise Wrong(where, "is empty")
             if categories.get(key, category) is not category:
                 raise Wrong(where, f'"{name}" is a name of "{categories[key].name}" too')

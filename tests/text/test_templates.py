@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -27,7 +30,7 @@ examples = [{user = "one {noun}", assistant = "two"}]
 
 [[categories]]
 name = "Theft"
-also = ["stealing", "Robbery "]
+also = ["stealing", "Robbery ", "armed robbery"]
 steps = ["Say no.", " Say why. "]
 """
 
@@ -68,7 +71,7 @@ def test_the_prompt_is_put_in_as_it_is(message: str) -> None:
 
 
 def test_a_category_is_found_by_any_name(mine: Templates) -> None:
-    for name in ("Theft", "theft", " THEFT", "stealing", "robbery"):
+    for name in ("Theft", "theft", " THEFT:", "stealing", "robbery", "Armed_Robbery", "armed  robbery"):
         lesson = mine.lesson({"category": name}, "x", 0)
         assert lesson == (TEMPLATE, "Theft, slowly:\n1. Say no.\n2. Say why.\n{steps}", "", ())
     assert mine.lesson({"category": "arson"}, "x", 0).kind == PREPROMPT
@@ -107,6 +110,21 @@ def test_the_safety_templates() -> None:
         assert one.name in text and "{" not in text
         assert re.findall(r"^(\d)\. (.*)$", text, re.MULTILINE) == [(str(i), s) for i, s in enumerate(one.steps, 1)]
     assert {"responsible", "respectful", "wise"} <= set(templates.words["adjective"])
+
+
+def test_categories_of_public_prompts(shared_data: Path) -> None:
+    """HarmBench, SimpleSafetyTests and CatQA: the names that they give find a template, but for these two."""
+    with gzip.open(shared_data / "harmbench" / "harmbench_behaviors_text_all.csv.gz", "rt") as file:
+        names = {row["SemanticCategory"] for row in csv.DictReader(file)}
+    with (shared_data / "simple_safety_tests" / "simple_safety_tests.csv").open(newline="") as file:
+        names |= {row["harm_area"] for row in csv.DictReader(file)}
+    names |= set(json.loads((shared_data / "red_instruct" / "catqa_english.json").read_text()))
+    templates = read_templates(SAFETY)
+    assert len(names) == 22
+    assert {n for n in names if templates.category_of({"category": n}) is None} == {
+        "copyright",
+        "Political Campaigning",
+    }
 
 
 # --- what is wrong ------------------------------------------------------------------------------------------------
