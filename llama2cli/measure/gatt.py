@@ -259,7 +259,9 @@ def attention_metrics(model: str, attention: Attention) -> Iterator[Record]:
 def mean_weight(values: Sequence[float]) -> Estimate:
     """The mean with Student's interval, which ends where weights do."""
     found = mean(values)
-    return found if found.low is None else found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+    if found.low is None or found.high is None:
+        return found
+    return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def attention_table(models: Mapping[str, Attention]) -> Table:

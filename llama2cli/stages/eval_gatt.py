@@ -50,16 +50,20 @@ class Settings(Filter, Compute):
 
     The user turns of each dialogue are answered one after another by each --model. The instruction is the dialogue's
     own, in its field "constraint" (a record as in --constraints) or "instruction" with "check", else each of
-    --constraints. A check says whether an answer obeys: a regular expression, a named predicate, or both combined; with
-    --judge a reward model says it for constraints without one. With --trained, instructions seen in training and unseen
-    ones are told apart.
+    --constraints. A check says whether an answer obeys: {"regex": "..."}, {"not_regex": "..."}, {"predicate": NAME, ...},
+    {"all": [...]} or {"any": [...]} of such; with --judge a reward model says it for constraints without one. With
+    --trained, instructions seen in training and unseen ones are told apart.
+
+    Predicates: contains, contains_word, excludes, excludes_word, starts_with, ends_with, starts_with_word,
+    ends_with_word ("text": a text or a list); max_words, min_words, max_characters, max_sentences, lines ("n");
+    no_digits, lower_case, upper_case, has_emoji, only_emoji, json; language, script ("is": "fr", "cyrillic").
 
     The tables go to stderr, metric records to --out, the answered dialogues to --rolled, and to --attention what the
     answers attend to, by turn and in bins of neighbouring tokens (Fig. 10), with a picture of one dialogue.
 
     Example:
       llama2 eval gatt examples/data/chat.jsonl --join 4 --constraints examples/data/constraints.jsonl --each 1 \\
-        --model run --max-new-tokens 8 --rolled rolled.jsonl --attention attention.jsonl -o obedience.jsonl
+        --model chat --max-new-tokens 8 --rolled rolled.jsonl --attention attention.jsonl -o obedience.jsonl
     """
 
     model: list[str] = flag(

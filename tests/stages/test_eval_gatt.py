@@ -314,6 +314,17 @@ def test_the_context_ends_a_dialogue(run, scripted, tmp_path):
     assert shares(records) == {1: (1, 1)} and "prompts left out: they fill the context" in run.err
 
 
+def test_through_a_window_the_first_turn_stays_near(run, scripted, monkeypatch, folders):
+    """An engine that remembers two turns sees the instruction for ever where it is shown the first and the last."""
+    tokenizer = Tokenizer.load(folders["base"])
+    monkeypatch.setattr("llama2cli.sampling.load.load_engine", lambda *a, **k: (Forgets(tokenizer, 2), tokenizer))
+    whole = run([dialogue(5)], constraints=WORDS[:1], models=["base"])
+    assert shares(whole) == {1: (1, 1), 2: (1, 1), 3: (0, 1), 4: (0, 1), 5: (0, 1)}
+    assert set(shares(run([dialogue(5)], "--turn-window", 1, constraints=WORDS[:1], models=["base"])).values()) == {
+        (1, 1)
+    }
+
+
 # --- a reward model as judge --------------------------------------------------------------------------------------
 
 
@@ -507,3 +518,10 @@ def test_json_and_quiet(run, scripted, capsys):
     assert "obeyed %" not in run.err and "gatt: 5 dialogues" in run.err
     run(DIALOGUES, "--quiet", constraints=WORDS)
     assert run.err == ""
+
+
+def test_the_help_names_every_predicate():
+    from llama2cli.measure.checkers import PREDICATES
+
+    told = re.search(r"Predicates: (.*?)\n\n", cli.stage("eval gatt").Settings.__doc__, re.DOTALL)[1]
+    assert set(re.findall(r"[a-z_]+", re.sub(r"\(.*?\)", "", told, flags=re.DOTALL))) == set(PREDICATES)
