@@ -259,6 +259,8 @@ def check(settings: Settings) -> None:
             raise Misuse(f'expected one of {known}, got "{kind}"; others come from --constraints', "--ask")
     if settings.asked is not None and not settings.ask:
         raise Misuse("nothing is asked: give --ask KIND", "--asked")
+    if settings.asked is not None and settings.asked == settings.out:
+        raise Misuse("is given to --out too", "--asked", settings.asked)
     if settings.rm is None and (settings.rm_threshold is not None or settings.rm_keep is not None):
         raise Misuse("there is no reward model: give --rm", "--rm-threshold/--rm-keep")
     if settings.rm is not None and (settings.rm_threshold is None) == (settings.rm_keep is None):

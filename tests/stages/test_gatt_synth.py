@@ -515,6 +515,7 @@ def interrupt_at(n: list[int], at: int) -> None:
     [
         (("--ask", "hobbies"), '--ask: expected one of hobby, language, figure, got "hobbies"'),
         (("--asked", "x"), "--asked: nothing is asked"),
+        (("--ask", "hobby", "--asked", "same", "-o", "same"), "--asked:same: is given to --out too"),
         (("--constraints", "-"), "--constraints: stdin is for the dialogues"),
         (("--rm", "rm"), "--rm: what does it keep?"),
         (("--rm", "rm", "--rm-keep", 1, "--rm-threshold", 1), "--rm: what does it keep?"),
