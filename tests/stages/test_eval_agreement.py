@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -174,3 +175,49 @@ def test_a_rater_may_rate_again_in_another_round(tmp_path: Path, capsys: pytest.
     second = write(tmp_path / "two.jsonl", [[1, 2], [2, 2]], round=1)
     code, _, err = ask(capsys, first, second, "--scale", "1:5", "--quiet")
     assert code == 1 and 'two.jsonl:1: rater: "r0" rates item "i0" under round 1 twice; first on line 1 of ' in err
+
+
+# --- people who rated models --------------------------------------------------------------------------------------
+
+
+def figures(records: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """The values of all items, and their standard errors, by name."""
+    return {
+        r["measure"].removeprefix("agreement."): r["value"]
+        for r in records
+        if r["weights"] == kind and not {"model", "category"} & set(r)
+    }
+
+
+def test_pandalms_annotators(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three people on 999 pairs of answers; the numbers are irrCAC's (0.4.4)."""
+    names = ("tie", "first", "second")
+    pairs = json.loads(gzip.decompress((shared_data / "pandalm" / "testset-v1.json.gz").read_bytes()))
+    path = write(tmp_path / "j.jsonl", [[names[int(p[f"annotator{k}"])] for k in (1, 2, 3)] for p in pairs])
+    code, records, _ = ask(capsys, path, "--scale", "first,tie,second", "--weights", "ordinal", "--quiet")
+    plain, ordinal = figures(records, "identity"), figures(records, "ordinal")
+    assert code == 0
+    assert (plain["ac1"], plain["ac1.se"]) == pytest.approx((0.88644471, 0.00980279), abs=1e-8)
+    assert (plain["fleiss"], plain["fleiss.se"]) == pytest.approx((0.86417536, 0.01155784), abs=1e-8)
+    assert (ordinal["ac2"], ordinal["ac2.se"]) == pytest.approx((0.87049962, 0.01246088), abs=1e-8)
+    alpha = (0.87536766, 0.01191055)
+    assert (ordinal["krippendorff"], ordinal["krippendorff.se"]) == pytest.approx(alpha, abs=1e-8)
+
+
+def test_xstests_annotators(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two people on the answers of three models; the file says itself where they agree."""
+    text = gzip.decompress((shared_data / "xstest" / "completions_annotated.jsonl.gz").read_bytes()).decode()
+    rows = [json.loads(line) for line in text.splitlines()]
+    with (tmp_path / "j.jsonl").open("w") as f:
+        for row in rows:
+            for k in "12":
+                record = {"item": row["id"], "rater": k, "score": row[f"annotation_{k}"], "model": row["model"]}
+                f.write(json.dumps(record) + "\n")
+    scale = "1_full_compliance,3_partial_refusal,2_full_refusal"
+    code, records, _ = ask(capsys, str(tmp_path / "j.jsonl"), "--scale", scale, "--weights", "ordinal", "--quiet")
+    plain, ordinal = figures(records, "identity"), figures(records, "ordinal")
+    assert code == 0
+    assert plain["percent"] == sum(row["agreement"] == "TRUE" for row in rows) / len(rows)
+    assert (plain["ac1"], plain["ac1.se"]) == pytest.approx((0.96512548, 0.00594113), abs=1e-8)
+    assert (ordinal["ac2"], ordinal["ac2.se"]) == pytest.approx((0.97713773, 0.00447521), abs=1e-8)
+    assert {r["n"] for r in records if "model" in r} == {450}
