@@ -16,10 +16,14 @@ from llama2cli.nn.budget import n_params
 from llama2cli.nn.config import PRESETS
 from llama2cli.rlhf import best_of, ppo
 from llama2cli.rlhf.rewards import piecewise
+from llama2cli.stages import ppo as ppo_stage
 from llama2cli.stages import rs_sample
+from llama2cli.stages.ppo import job
 from llama2cli.text.records import THRESHOLD
+from llama2cli.training.optim import Schedule
 
 DEFAULTS = {f.name: f for f in dataclasses.fields(rs_sample.Settings)}
+PPO = {f.name: f.default for f in dataclasses.fields(ppo_stage.Settings)}
 
 
 def logit(p: float) -> float:
@@ -101,6 +105,28 @@ def test_3_2_3_batch_and_steps() -> None:
     """Batch 512, mini-batch 64, one step for each: 8 steps an iteration; the rate is 1e-6, the clip 0.2."""
     assert (ppo.BATCH, ppo.MINI_BATCH, ppo.LR, ppo.CLIP) == (512, 64, 1e-6, 0.2)
     assert ppo.BATCH // ppo.MINI_BATCH == 8 and ppo.BATCH % ppo.MINI_BATCH == 0
+
+
+def test_3_2_3_ppo_asks_for_these_numbers() -> None:
+    """Batch 512, mini-batch 64, one step for each of them, clip 0.2, weight decay 0.1, gradients clipped to 1."""
+    assert (PPO["batch_size"], PPO["mini_batch"], PPO["ppo_epochs"]) == (512, 64, 1)
+    assert (PPO["clip_ratio"], PPO["weight_decay"], PPO["clip"], PPO["beta"]) == (0.2, 0.1, 1.0, None)
+
+
+def test_3_2_3_ppo_rate_is_constant() -> None:
+    """1e-6 in the first iteration and in the last."""
+    schedule = Schedule(PPO["lr"], PPO["warmup"], job.STEPS, PPO["final_lr"])
+    assert {schedule.lr(step) for step in range(1, job.STEPS + 1)} == {1e-6}
+
+
+def test_3_2_3_between_200_and_400_iterations_with_early_stopping() -> None:
+    """400 at most; what held-out prompts say ends a run before."""
+    assert 200 <= job.STEPS <= 400 and PPO["steps"] is None and PPO["patience"] > 0
+
+
+def test_3_2_3_ppo_draws_from_the_policy_whose_probabilities_it_takes() -> None:
+    """The policy is optimised under its own distribution: nothing is cut off it (there is no --top-p, no greedy)."""
+    assert PPO["temperature"] == 1.0 and not {"top_p", "top_k"} & PPO.keys()
 
 
 @pytest.mark.parametrize(("ratio", "counted"), [(0.7, 0.8), (0.9, 0.9), (1.1, 1.1), (1.5, 1.2)])
