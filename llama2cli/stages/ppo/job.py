@@ -80,7 +80,6 @@ class Job:
 
 def prepare(settings: Settings, world: World) -> Job:
     """Read and encode the prompts, set some apart, settle what the settings come to. Reads no weights."""
-
     # the models
     start = tuning.start_from(settings.policy, settings.context)
     given = {"help": settings.rm_help, "safe": settings.rm_safe, "judge": settings.judge}
@@ -162,7 +161,6 @@ def value_model(
     settings: Settings, scorers: Mapping[str, Path], start: Start
 ) -> tuple[Path | None, ModelConfig | None]:
     """The folder that the value model starts from, and its shape. It reads the policy's ids: one tokenizer for both."""
-
     if settings.value == "head":
         return None, None
     wanted = settings.value_init or ("help" if "help" in scorers else "safe")
@@ -180,7 +178,6 @@ def read(
     settings: Settings, named: Sequence[Named], prompts: Prompts, start: Start, scorers: Mapping[str, Path]
 ) -> list[Part]:
     """Read files into the store: a part for each. A prompt that leaves no room for an answer is an error."""
-
     readers = {start.tokenizer.sha256: (start.tokenizer, start.context)}  # by tokenizer, the shortest context
     for folder in scorers.values():
         tokenizer, context = Tokenizer.load(folder), checkpoint.load_config(folder, None).max_position_embeddings
@@ -215,7 +212,6 @@ def read_prompts(settings: Settings, path: str) -> Iterator[tuple[Place, Record]
 
 def digest(prompts: Prompts, part: Part) -> str:
     """A hash of the ids and tags of a part."""
-
     told = sha256()
     for i in part.index:
         unsafe = bool(prompts.records[i].get("unsafe"))

@@ -37,7 +37,6 @@ class Lesson:
 
 def credit_answers(job: Job, rollout: Rollout, before: Moments) -> Lesson:
     """Whiten the rewards, pay the KL, and from these and the values the advantages. before: of earlier batches."""
-
     terms, values_M = job.terms, rollout.values_M
     rewards_N, whitened = credit.whitened(rollout.table["reward"], rollout.table["cut"].bool(), terms, before)
     mask_NT = rollout.answers.mask()
@@ -61,14 +60,12 @@ def credit_answers(job: Job, rollout: Rollout, before: Moments) -> Lesson:
 
 def together(world: World, mine: Moments) -> Moments:
     """The moments of all ranks' values."""
-
     ranks = dist.side_by_side(world, list(mine))
     return reduce(merged, (Moments(int(n), mean, squares) for n, mean, squares in ranks))
 
 
 def update(job: Job, roles: Roles, rollout: Rollout, lesson: Lesson, step: int) -> dict[str, float]:
     """One optimizer step for each mini-batch of each pass; means over tokens and steps of what the losses track."""
-
     settings, world, n = job.settings, job.world, len(rollout.table["reward"])
     how: Any = dict(clip=settings.clip, dtype=checkpoint.DTYPES[job.resolved["dtype"]], world=world)
     trunk = roles.value is None

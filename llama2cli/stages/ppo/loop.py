@@ -38,7 +38,6 @@ HELDOUT_INDEX = -1  # random numbers of held-out answers: the same at every meas
 
 def measure(job: Job, roles: Roles, seconds: dict[str, float], stop: Stop) -> tuple[dict[str, Any], Rollout]:
     """Held-out figures: reward, judge, KL, length. The loss is minus what the best step is chosen by."""
-
     chosen = job.heldout
     rollout = roll_out(job, roles, chosen, [HELDOUT_INDEX] * len(chosen), seconds, stop, heldout=True)
     told = {name: float(column.mean()) for name, column in rollout.table.items()}
@@ -63,7 +62,6 @@ def samples_file(job: Job, rollout: Rollout) -> bytes:
 
 def train(job: Job, held: Held, stop: Stop) -> dict[str, Any]:
     """Open the run folder, go on where it stands, train to the end; the record that the command prints."""
-
     folder = Run(job.settings.out, resume=job.settings.resume, world=job.world)
     try:
         at, machine = session.resume(folder, job.resolved, free={*session.FREE, "patience", "offload"})
@@ -84,7 +82,6 @@ class Loop:
 
     def __init__(self, job: Job, folder: Run, at: State, stop: Stop) -> None:
         """Load the models and write settings.json."""
-
         settings, world = job.settings, job.world
         self.job, self.folder, self.at, self.stop = job, folder, at, stop
         self.roles = load(job, folder.step_folder if at.step else None)
@@ -111,7 +108,6 @@ class Loop:
 
     def run(self) -> None:
         """Iterate to the last step, to the end of patience, or to a signal. Raises Interrupted after a signal."""
-
         job, at = self.job, self.at
         steps, stopped = job.resolved["steps"], False
         self.stop.saving = True
@@ -143,7 +139,6 @@ class Loop:
 
     def iterate(self, items: list[tuple[int, int]], position: dict[str, Any], bar: console.Progress) -> bool:
         """One iteration: rollout, scoring, advantages, update, log, perhaps measure and save. Whether a signal came."""
-
         job, roles, at, world = self.job, self.roles, self.at, self.job.world
         began = time.perf_counter()
         seconds: dict[str, float] = {}
@@ -175,8 +170,10 @@ class Loop:
         # held-out prompts, and what is odd
         measured = bool(job.heldout) and due(at.step, job.resolved["eval_every"], job.resolved["steps"])
         if measured:
-            found, self.held_answers = measure(job, roles, {}, Stop())  # the weights have moved: it is not given up
+            measuring: dict[str, float] = {}
+            found, self.held_answers = measure(job, roles, measuring, Stop())  # the weights have moved: not given up
             metrics |= found
+            seconds["heldout"] = sum(measuring.values())
         alarms = self.alarms(metrics, means["length"])
         metrics |= {"alarms": alarms} if alarms else {}
         stopped = dist.sums(world, [float(self.stop.asked)])[0] > 0
@@ -205,7 +202,6 @@ class Loop:
 
     def alarms(self, metrics: Mapping[str, Any], length: float) -> list[str]:
         """What looks like a policy that games its reward models."""
-
         settings = self.job.settings
         found = [
             alarms.length_drift(length, self.at.extra["first_length"], settings.alarm_length),
@@ -218,7 +214,6 @@ class Loop:
 
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
         """Whether this step's held-out answers are the best of all saved ones."""
-
         return metrics.get(HELD_OUT, math.inf) < (self.at.best[1] if self.at.best else math.inf)
 
     def patience_ended(self, metrics: Mapping[str, Any]) -> bool:
@@ -234,7 +229,6 @@ class Loop:
 
     def save(self, metrics: Mapping[str, Any], *, candidate: bool) -> None:
         """Save this step; `best` names it where it is the best."""
-
         best = candidate and self.is_best(metrics)
         if best:
             self.at.best = (self.at.step, metrics[HELD_OUT])
@@ -250,7 +244,6 @@ class Loop:
 
     def write(self, aside: Path, metrics: Mapping[str, Any]) -> None:
         """All that a step folder holds."""
-
         job, settings, world = self.job, self.job.settings, self.job.world
         size = f"{budget.n_params(job.start.config):,} parameters, context {job.start.context:,}"
         told = f"A Llama of {size}, after {self.at.step:,} iterations of PPO ({metrics['seen']:,} answers)."
@@ -276,7 +269,6 @@ class Loop:
 
 def flops_per_token(job: Job) -> float:
     """FLOPs of an iteration over its tokens: the update's passes, and one forward pass of each role and the rollout."""
-
     length = job.start.context // 2
     train, read = budget.train_flops_per_token, budget.forward_flops_per_token
     config, epochs = job.start.config, job.settings.ppo_epochs

@@ -19,7 +19,6 @@ from llama2cli.training.dist import World
 
 def of(job: Job) -> Held:
     """What the roles hold. Raises Misuse where the device has not as much, with the arithmetic."""
-
     settings, config, world = job.settings, job.start.config, job.world
     number = 4 if job.frozen_dtype == "fp32" else 2
     frozen = {"reference": Frozen(config, False, number)}
@@ -53,7 +52,6 @@ def of(job: Job) -> Held:
 
 def available(world: World) -> float:
     """Bytes that this process may hold: the device's memory, or its share of what the machine has free."""
-
     if world.device.type == "cuda":
         return float(torch.cuda.get_device_properties(world.device).total_memory)
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
@@ -64,7 +62,6 @@ def available(world: World) -> float:
 
 def save_bytes(job: Job) -> int:
     """Disk that one saved step takes: as of other stages, for each model that trains."""
-
     number = 12 if job.settings.save_dtype == "fp32" else 14
     weights = budget.n_params(job.start.config)
     weights += 0 if job.value_config is None else budget.n_params(job.value_config, scorer=True)

@@ -39,7 +39,6 @@ class Roles:
 
 def load(job: Job, step_folder: Path | None) -> Roles:
     """Make the models, and put back what a saved step has of them."""
-
     settings, resolved, world, start = job.settings, job.resolved, job.world, job.start
     clip, value_clip, heat = settings.clip_ratio, settings.value_clip, settings.temperature
 
@@ -94,7 +93,6 @@ def load(job: Job, step_folder: Path | None) -> Roles:
 
 def load_scorers(job: Job) -> dict[str, Scorer]:
     """The reward models by what they give; a folder that is named twice is loaded once."""
-
     held: dict[Path, Scorer] = {}
     for folder in job.scorers.values():
         if folder not in held:

@@ -66,7 +66,6 @@ def roll_out(
     indices: which samples they are, so that no random number is used twice. heldout: the judge is asked too, and no
     values are wanted. Raises Abandoned.
     """
-
     settings, world = job.settings, job.world
     mine = list(range(world.rank, len(chosen), world.size))
     records = [job.prompts.records[chosen[j]] for j in mine]
@@ -108,7 +107,6 @@ def sample(
 
     The policy's weights are brought together for the time of it, and given free.
     """
-
     settings, context = job.settings, job.start.context
     whole = consolidated(roles.policy.model, checkpoint.DTYPES[job.resolved["dtype"]], job.world)
     engine = Engine(whole, job.start.tokenizer, rows=settings.rollout_rows)
@@ -142,7 +140,6 @@ def read_learners(
 
 def rewards(logits: Mapping[str, list[float]], unsafe: list[bool]) -> dict[str, list[float]]:
     """Columns of answers from the logits of reward models: the piecewise reward, or the score of the one model."""
-
     columns = {name: list(map(sigmoid, logits[name])) for name in ("help", "safe") if name in logits}
     if len(columns) == 2:
         help_N, safe_N = (torch.tensor(logits[name], dtype=torch.float64) for name in columns)
@@ -156,7 +153,6 @@ def rewards(logits: Mapping[str, list[float]], unsafe: list[bool]) -> dict[str, 
 
 def everyones(world: World, columns: Mapping[str, list[float]], mine: Sequence[int], n: int) -> dict[str, Tensor]:
     """The columns of all ranks' answers, the same on every rank. mine: which of the n are this rank's."""
-
     out = {}
     for name, values in columns.items():
         whole = torch.zeros(n, dtype=torch.float64)
@@ -168,7 +164,6 @@ def everyones(world: World, columns: Mapping[str, list[float]], mine: Sequence[i
 @contextmanager
 def clock(seconds: dict[str, float], phase: str, world: World) -> Iterator[None]:
     """Add the time of the block to a phase."""
-
     began = time.perf_counter()
     yield
     if world.device.type == "cuda":
