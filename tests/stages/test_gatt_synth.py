@@ -235,6 +235,14 @@ def test_several_instructions_for_each_dialogue(run, monkeypatch):
     assert len({(r["n"], *rules_of(r)) for r in made}) > 40
 
 
+def test_several_answers_to_the_same_instruction_differ(run):
+    """Random numbers of each are its own; those of the first are what they are without the others."""
+    flags = (*KEEP, "--temperature", 1, "--shorten", 0)
+    made = run([dialogue("fox", "dog")], "-k", 4, *flags, rules=[AHOY])
+    assert len({tuple(contents(r, "assistant")) for r in made}) > 2
+    assert made[:1] == run([dialogue("fox", "dog")], *flags, rules=[AHOY], out="one.jsonl")
+
+
 def test_sft_trains_the_last_answer_alone(run, folders):
     """The masks of sft, token by token, on what a real model wrote; joined dialogues, both places, expanded."""
     tokenizer = Tokenizer.load(folders["policy"])
