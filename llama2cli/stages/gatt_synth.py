@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -141,7 +142,6 @@ class Counts:
     few: int = 0
     cut: int = 0
     unanswered: int = 0
-    made: int = 0
     truncated: int = 0
     empty: int = 0
     broken: int = 0
@@ -185,12 +185,16 @@ class Plan(NamedTuple):
 
 @dataclass
 class Candidate:
-    """A record that may be written: the dialogue up to turn `turn`, of `rolled`, and its reward."""
+    """A record that may be written: the dialogue up to turn `turn`, of `rolled`.
+
+    obeyed: whether each of its answers holds against the checks of its constraints; None where those have none.
+    """
 
     plan: Plan
     rolled: Rolled
     turn: int
     messages: list[Record]
+    obeyed: list[bool] | None = None
     reward: float | None = None
 
     @property
@@ -439,7 +443,6 @@ def make(
         else:
             counts.cut += r.cut is not None or len(fitting) < r.turns
             made += fitting if settings.expand else fitting[-1:]
-    counts.made += len(made)
     return made
 
 
@@ -462,14 +465,14 @@ def chosen(
     candidates: Sequence[Candidate], scorer: Scorer | None, settings: Settings, counts: Counts
 ) -> list[Candidate]:
     """The candidates that are written. Counted: those whose answer was cut, is empty, disobeys or scores badly."""
-    obeyed = obedience(candidates, counts)
+    observe(candidates, counts)
     kept = []
     for c in candidates:
         if c.truncated and not settings.keep_truncated:
             counts.truncated += 1
         elif not c.messages[-1]["content"].strip():
             counts.empty += 1
-        elif settings.check and not all(obeyed[id(c.rolled)][: c.turn]):
+        elif settings.check and not all(c.obeyed or ()):
             counts.broken += 1
         else:
             kept.append(c)
@@ -481,26 +484,22 @@ def chosen(
     return good
 
 
-def obedience(candidates: Sequence[Candidate], counts: Counts) -> dict[int, list[bool]]:
-    """For each answered dialogue, by its identity, whether each answer holds against the checks that there are."""
+def observe(candidates: Sequence[Candidate], counts: Counts) -> None:
+    """See which answers obey, and count those of each dialogue once."""
     from llama2cli.measure.checkers import compile_check
 
-    found: dict[int, list[bool]] = {}
-    for c in candidates:
-        if id(c.rolled) in found:
-            continue
-        answers = [m["content"] for m in c.rolled.messages if m["role"] == "assistant"]
-        found[id(c.rolled)] = held = [True] * len(answers)
-        for constraint in c.plan.drawn.constraints:
-            if "check" not in constraint:
-                continue
-            obeys = compile_check(constraint["check"])
-            results = [obeys(text) for text in answers]
-            kind = counts.kinds[constraint["kind"]]
-            kind.checked += len(results)
-            kind.obeyed += sum(results)
-            held[:] = [a and b for a, b in zip(held, results)]
-    return found
+    for _, group in groupby(candidates, key=lambda c: id(c.rolled)):
+        mine = list(group)
+        answers = [m["content"] for m in mine[0].rolled.messages if m["role"] == "assistant"]
+        held: list[list[bool]] = []  # of each constraint with a check
+        for constraint in mine[0].plan.drawn.constraints:
+            if "check" in constraint:
+                obeys, kind = compile_check(constraint["check"]), counts.kinds[constraint["kind"]]
+                held.append([obeys(text) for text in answers])
+                kind.checked += len(answers)
+                kind.obeyed += sum(held[-1])
+        for c in mine:
+            c.obeyed = [all(each) for each in zip(*held)][: c.turn] if held else None
 
 
 def score(candidates: Sequence[Candidate], scorer: Scorer, settings: Settings, counts: Counts) -> None:
@@ -563,6 +562,7 @@ def records(candidates: Sequence[Candidate], policy: Voice, settings: Settings) 
                 "shortened": drawn.shortened,
                 "place": settings.place,
                 "turn": c.turn,
+                **({} if c.obeyed is None else {"obeyed": c.obeyed}),
             },
         }
 
@@ -606,17 +606,14 @@ def write_asked(named: Sequence[Record], settings: Settings) -> None:
 
 def report(counts: Counts, tally: Tally, sampling: Any, settings: Settings) -> None:
     """Tables and the closing lines on stderr."""
-    from llama2cli.measure.rates import interval, percent, rate
     from llama2cli.training.dialogues import Report
 
     rows = []
     for name, kind in counts.kinds.items():
-        held = rate(kind.obeyed, kind.checked) if kind.checked else None
-        short = percent(rate(kind.shortened, kind.kept)) if kind.kept else ""
-        obeyed = [percent(held), interval(held)] if held else ["", ""]
-        rows.append([name, f"{kind.drawn:,}", f"{kind.kept:,}", short, f"{kind.checked:,}", *obeyed])
-    columns = ["constraints", "dialogues", "records", "short %", "answers checked", "obeyed %", "95%"]
-    console.table("", columns, rows)
+        short = f"{100 * kind.shortened / kind.kept:.1f}" if kind.kept else ""
+        obeyed = f"{100 * kind.obeyed / kind.checked:.1f}" if kind.checked else ""
+        rows.append([name, f"{kind.drawn:,}", f"{kind.kept:,}", short, f"{kind.checked:,}", obeyed])
+    console.table("", ["constraints", "dialogues", "records", "short %", "answers checked", "obeyed %"], rows)
     console.say("")
     Report(**counts.masks).show()
     how = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"

@@ -169,7 +169,7 @@ def test_the_policy_sees_the_instruction_in_every_turn_and_the_record_keeps_it_o
         "truncated": False,
         "gatt": {
             "constraints": [AHOY], "instruction": "Say ahoy", "kept": "Say ahoy", "shortened": False,
-            "place": "first", "turn": 3,
+            "place": "first", "turn": 3, "obeyed": [False, False, False],
         },
     }  # fmt: skip
     validate("sample", record)
@@ -376,11 +376,13 @@ def test_only_answers_that_obey(run, monkeypatch):
     assert row[1:3] == ["2", "1"] and row[4:6] == ["6", "83.3"]
     made = run(source, "--check", "--expand", rules=[AHOY], out="b.jsonl")
     assert [(r["n"], r["gatt"]["turn"]) for r in made] == [(0, 1), (0, 2), (0, 3), (1, 1)]  # up to the first that does
-    assert len(run(source, "--expand", rules=[AHOY], out="c.jsonl")) == 6
+    every = run(source, "--expand", rules=[AHOY], out="c.jsonl")
+    assert [r["gatt"]["obeyed"] for r in every[3:]] == [[True], [True, False], [True, False, True]]
     hobbies = [r for r in RULES if r["kind"] == "hobby"]
     code, err = run(source, "--check", rules=hobbies, out="d.jsonl")
     assert code == 2 and "--check: no constraint has a check" in err
-    run(source, "--check", rules=[AHOY, *hobbies], out="d.jsonl")
+    both = run(source, "--check", rules=[AHOY, *hobbies], out="d.jsonl")
+    assert all(("obeyed" in r["gatt"]) == any("check" in c for c in r["gatt"]["constraints"]) for r in both)
     assert "2 have no check: --check leaves out nothing for them" in run.err
 
 
