@@ -53,7 +53,7 @@ class Answers:
     def mask(self) -> Tensor:
         """[answers, longest] true at their tokens. `x[mask]` numbers them through, `y[mask] = x` lays them out."""
         sizes = torch.tensor([len(a) for a in self.answers])
-        return torch.arange(int(sizes.max()) if len(sizes) else 0) < sizes[:, None]
+        return torch.arange(int(sizes.max()) if len(sizes) else 1) < sizes[:, None]
 
     def micro(self, chosen: Sequence[int], width: int, budget: int) -> list[tuple[Arguments, Tensor]]:
         """Micro-batches of some answers: the arguments of `Read`, and the numbers [N] of the tokens that are read.
@@ -104,12 +104,21 @@ class Read(nn.Module):
 
     A language model gives the first two, at a temperature, and a value too where it has a value head; a reward model
     the value alone. reduce: takes these in this order, fp32 [N] each, and the labels by name, and gives the sums that
-    `fit.gradients` wants. All weights are used inside the forward pass, which is what FSDP2 asks for.
+    `fit.gradients` wants. pieces: of the tokenizer, where the model may have more rows (a padded vocabulary): those ids
+    are never sampled, and have no part in the probabilities here either. All weights are used inside the forward pass,
+    which is what FSDP2 asks for.
     """
 
-    def __init__(self, model: Llama, reduce: Callable[..., Tensor] | None = None, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        reduce: Callable[..., Tensor] | None = None,
+        *,
+        temperature: float = 1.0,
+        pieces: int | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.reduce, self.temperature = model, reduce, temperature
+        self.model, self.reduce, self.temperature, self.pieces = model, reduce, temperature, pieces
 
     def forward(
         self,
@@ -124,7 +133,7 @@ class Read(nn.Module):
         hidden_ND = self.hidden(ids_BT, positions_BT, segments_BT, places_N)
         found: list[Tensor] = []
         if not self.model.scorer:
-            found += ops.token_logprobs_and_entropy(self.heated(hidden_ND), self.model.head_weight(), targets_N)
+            found += ops.token_logprobs_and_entropy(self.heated(hidden_ND), self.head(), targets_N)
         if self.model.score is not None:
             found.append(self.model.scores(hidden_ND))
         if not labels:
@@ -135,6 +144,11 @@ class Read(nn.Module):
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor, places_N: Tensor) -> Tensor:
         """The states [N, D] in which the tokens of answers are drawn."""
         return self.model(ids_BT, positions_BT, segments_BT).flatten(0, 1).index_select(0, places_N)
+
+    def head(self) -> Tensor:
+        """The output table of what can be sampled."""
+        weight = self.model.head_weight()
+        return weight if self.pieces in (None, len(weight)) else weight[: self.pieces]
 
     def heated(self, hidden_ND: Tensor) -> Tensor:
         """What gives the logits at the temperature by its product with the head."""
@@ -175,6 +189,6 @@ def exact_kl(policy: Read, reference: Read) -> Callable[..., Tensor]:
 
     def read(targets_N: Tensor, **rows: Any) -> Tensor:
         p, q = (who.heated(who.hidden(**rows)) for who in (policy, reference))
-        return ops.token_kl(p, policy.model.head_weight(), q, reference.model.head_weight())[None]
+        return ops.token_kl(p, policy.head(), q, reference.head())[None]
 
     return read

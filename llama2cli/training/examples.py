@@ -58,21 +58,21 @@ _EMPTY = np.empty(0, np.int64)
 # --- where examples come from -------------------------------------------------------------------------------------
 
 
-def parse_sources(texts: Sequence[str], world_size: int) -> list[Named]:
+def parse_sources(texts: Sequence[str], world_size: int, flag: str = "--data") -> list[Named]:
     """Files of a command; none is stdin where it is a pipe. A name that is not given is the file's without endings.
 
-    Raises Misuse: no data, a name twice, stdin twice or for several processes.
+    Raises Misuse, about `flag`: no data, a name twice, stdin twice or for several processes.
     """
     if not texts and sys.stdin is not None and not sys.stdin.isatty():
         texts = [STDIN]
-    named = [parse(t) for t in texts]
+    named = [parse(t, flag) for t in texts]
     if not named:
-        raise Misuse("no data: give files, or '-' for stdin", "--data")
+        raise Misuse("no data: give files, or '-' for stdin", flag)
     named = [n if t.startswith(f"{n.name}=") else Named(stem(n.name), n.path, n.weight) for n, t in zip(named, texts)]
     names = [n.name for n in named]
     for name in names:
         if names.count(name) > 1:
-            raise Misuse(f'two sources are called "{name}"; tell them apart with NAME=PATH', "--data")
+            raise Misuse(f'two sources are called "{name}"; tell them apart with NAME=PATH', flag)
     if world_size > 1 and STDIN in (n.path for n in named):
         fix = "write the records to a file and give that"
         raise Misuse(f"stdin reaches one process, and there are {world_size}; {fix}", STDIN)

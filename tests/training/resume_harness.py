@@ -272,9 +272,12 @@ def serve(stage: str) -> None:
 
     from llama2cli import cli
 
-    importlib.import_module(f"llama2cli.stages.{stage}")
-    for room in ("nn", "text", "training"):
-        for path in sorted(Path(cli.__file__).with_name(room).glob("*.py")):
+    rooms = ["nn", "text", "training"]
+    module = importlib.import_module(f"llama2cli.stages.{stage}")
+    if hasattr(module, "__path__"):  # a folder of modules, which the stage imports when it runs
+        rooms += ["rlhf", "sampling", f"stages.{stage}"]
+    for room in rooms:
+        for path in sorted(Path(cli.__file__).parent.joinpath(*room.split(".")).glob("[!_]*.py")):
             importlib.import_module(f"llama2cli.{room}.{path.stem}")
     tell("ready")
     for line in sys.stdin:

@@ -87,7 +87,7 @@ def prepare(settings: Settings, world: World) -> Job:
     value, value_config = value_model(settings, scorers, start)
 
     # the prompts
-    named = examples.parse_sources([*settings.files, *settings.prompts], world.size)
+    named = examples.parse_sources([*settings.files, *settings.prompts], world.size, "--prompts")
     prompts = Prompts(examples.Ragged())
 
     def read_more(sources: Sequence[Named]) -> list[Part]:
@@ -117,12 +117,13 @@ def prepare(settings: Settings, world: World) -> Job:
     same = ["system", "tags", "max_new_tokens", "temperature", "rollout_rows", "mini_batch", "ppo_epochs", "clip_ratio"]
     same += ["kl", "kl_per", "whiten", "whiten_mean", "whiten_advantages", "reward_clip", "cut_penalty", "gamma", "lam"]
     same += ["value", "value_weight", "value_clip", "old_logprobs", "frozen_dtype", "offload", "patience"]
+    named_scorers = [("rm_help", "help"), ("rm_safe", "safe"), ("judge", "judge")]
     resolved = {
         **{name: getattr(settings, name) for name in same},
         "beta": beta,
         "value_lr": 3 * settings.lr if settings.value_lr is None else settings.value_lr,
+        **{name: provenance.fingerprint(scorers[key]) if key in scorers else None for name, key in named_scorers},
         "value_init": None if value is None else provenance.fingerprint(value),
-        "reward_models": {name: provenance.fingerprint(folder) for name, folder in scorers.items()},
         **tuning.resolve(
             settings,
             world,
@@ -135,7 +136,7 @@ def prepare(settings: Settings, world: World) -> Job:
             eval_every=length.eval_every,
         ),
     }
-    resolved["policy"] = resolved.pop("init")
+    resolved["policy"], resolved["prompts"] = resolved.pop("init"), resolved.pop("data")  # as the flags are called
     if settings.save_every is None:
         resolved["save_every"] = resolved["eval_every"]
     paths = [*(n.path for n in named), *split.paths, str(start.folder), *map(str, scorers.values())]
@@ -170,6 +171,7 @@ def value_model(
     if Tokenizer.load(folder).sha256 != start.tokenizer.sha256:
         fix = "start it from the policy or from another model"
         raise Misuse(f"{folder} has another tokenizer than the policy, whose ids it is to read; {fix}", "--value-init")
+    checkpoint.check_tokenizer(config, start.tokenizer, folder)
     longest = max(config.max_position_embeddings, start.config.max_position_embeddings)
     return folder, dataclasses.replace(config, max_position_embeddings=longest)
 

@@ -37,7 +37,7 @@ def of(job: Job) -> Held:
         cache_bytes=min(CACHE_BYTES, budget.kv_cache_bytes(config, rows * size, compute_bytes=compute)),
         gpus=world.size,
         compute_bytes=compute,
-        offload=settings.offload,
+        offload=settings.offload and world.device.type != "cpu",
         checkpointing=settings.activation_checkpointing,
     )
     there = available(world)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama2cli.nn import checkpoint
+from llama2cli.nn import checkpoint, ops
 from llama2cli.nn.config import ModelConfig
 from llama2cli.nn.model import Llama
 from llama2cli.rlhf import credit
@@ -59,13 +59,13 @@ def load(job: Job, step_folder: Path | None) -> Roles:
         schedule = optim.Schedule(lr, resolved["warmup"], resolved["steps"], settings.final_lr)
         return roles.Learner(model, loss, optimizer, schedule)
 
-    trunk = job.value is None
+    trunk, pieces = job.value is None, start.tokenizer.vocab_size
     sums = credit.joint_sums(clip, value_clip, settings.value_weight) if trunk else credit.policy_sums(clip)
     policy = learner(
         start.config,
         step_folder or start.folder,
         resolved["lr"],
-        lambda model: Read(model, sums, temperature=heat),
+        lambda model: Read(model, sums, temperature=heat, pieces=pieces),
         value_head=trunk,
     )
     value = None
@@ -88,17 +88,19 @@ def load(job: Job, step_folder: Path | None) -> Roles:
         start.folder, dtype=job.frozen_dtype, device="cpu" if settings.offload else world.device
     )
     reference.config = start.config  # whose context may be longer
-    return Roles(policy, value, Read(reference, temperature=heat), load_scorers(job))
+    return Roles(policy, value, Read(reference, temperature=heat, pieces=pieces), load_scorers(job))
 
 
 def load_scorers(job: Job) -> dict[str, Scorer]:
     """The reward models by what they give; a folder that is named twice is loaded once."""
     held: dict[Path, Scorer] = {}
+    kernels = ops.choices()  # those of the run, which may be resumed on another machine; a scorer chooses for itself
     for folder in job.scorers.values():
         if folder not in held:
             held[folder] = Scorer.load(str(folder), device=job.world.device.type, dtype=job.frozen_dtype)
             if job.settings.offload:
                 held[folder].model.to("cpu")
+    ops.restore(kernels)
     return {name: held[folder] for name, folder in job.scorers.items()}
 
 

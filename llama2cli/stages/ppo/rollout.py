@@ -119,7 +119,8 @@ def sample(
     if settings.kl != "exact":
         return answers, results, None
     with at_work(job, [roles.reference]):
-        read = exact_kl(Read(whole, temperature=settings.temperature), roles.reference)
+        pieces = job.start.tokenizer.vocab_size
+        read = exact_kl(Read(whole, temperature=settings.temperature, pieces=pieces), roles.reference)
         return answers, results, job.rows.read(read, answers, torch.float32)[0]
 
 
