@@ -744,6 +744,41 @@ def _(kit: Path) -> list[str]:
     return gatt_synth(kit, more=("--rm", f"{kit}/ck"))
 
 
+def eval_gatt(
+    kit: Path, *rules: str, dialogues: tuple[str, ...] = (DIALOGUE,), more: tuple[str, ...] = ()
+) -> list[str]:
+    """Obedience of the checkpoint to these rules, the first a good one."""
+    good = json.dumps(RULE | {"check": {"regex": "emperor"}})
+    given = ["--constraints", records(kit, "rules.jsonl", good, *rules), "--model", f"{kit}/ck"]
+    source = records(kit, "chat.jsonl", *dialogues)
+    return ["eval", "gatt", *given, "--max-new-tokens", "2", "-o", f"{kit}/earlier.jsonl", *more, source]
+
+
+@case("a predicate without what it wants", 1, "rules.jsonl:2: check", 'wants the field "n"')
+def _(kit: Path) -> list[str]:
+    return eval_gatt(kit, json.dumps(RULE | {"check": {"predicate": "max_words"}}))
+
+
+@case("a dialogue whose own constraint is none", 1, "chat.jsonl:2:constraint", "expected an object")
+def _(kit: Path) -> list[str]:
+    return eval_gatt(kit, dialogues=(DIALOGUE, json.dumps({**json.loads(DIALOGUE), "constraint": "Act."})))
+
+
+@case("instructions seen in training that are none", 1, "d.jsonl:1", "instruction")
+def _(kit: Path) -> list[str]:
+    return eval_gatt(kit, more=("--trained", f"{kit}/d.jsonl"))
+
+
+@case("a model under test that is a reward model", 1, "ck")
+def _(kit: Path) -> list[str]:
+    return eval_gatt(kit, more=("--judge", f"{kit}/ck"))
+
+
+@case("attention to no instruction", 2, "--attention", "--place none")
+def _(kit: Path) -> list[str]:
+    return eval_gatt(kit, more=("--attention", f"{kit}/a.jsonl", "--place", "none"))
+
+
 # --- judgements and sessions --------------------------------------------------------------------------------------
 
 

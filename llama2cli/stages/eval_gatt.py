@@ -50,9 +50,9 @@ class Settings(Filter, Compute):
 
     The user turns of each dialogue are answered one after another by each --model. The instruction is the dialogue's
     own, in its field "constraint" (a record as in --constraints) or "instruction" with "check", else each of
-    --constraints. A check says whether an answer obeys: {"regex": "..."}, {"not_regex": "..."}, {"predicate": NAME, ...},
-    {"all": [...]} or {"any": [...]} of such; with --judge a reward model says it for constraints without one. With
-    --trained, instructions seen in training and unseen ones are told apart.
+    --constraints. A check says whether an answer obeys: {"regex": "..."}, {"not_regex": "..."}, {"predicate": NAME,
+    ...}, {"all": [...]} or {"any": [...]} of such; with --judge a reward model says it for constraints without one.
+    With --trained, instructions seen in training and unseen ones are told apart.
 
     Predicates: contains, contains_word, excludes, excludes_word, starts_with, ends_with, starts_with_word,
     ends_with_word ("text": a text or a list); max_words, min_words, max_characters, max_sentences, lines ("n");
@@ -300,7 +300,8 @@ def read_trained(settings: Settings) -> set[str] | None:
         if isinstance(made, dict) and isinstance(made.get("constraints"), list):
             found |= {spoken(lists.constraint(c, place)["instruction"]) for c in made["constraints"]}
         else:
-            found.add(spoken(lists.constraint(record, place)["instruction"]))
+            given = {"kind": OWN, **record} if isinstance(record, dict) else record
+            found.add(spoken(lists.constraint(given, place)["instruction"]))
     return found
 
 
