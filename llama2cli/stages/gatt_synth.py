@@ -357,7 +357,7 @@ def plan(window: Window, constraints: list[Record], settings: Settings, counts: 
     for place, record in window:
         turns = sum(m["role"] == "user" for m in record["messages"])
         if turns < settings.min_turns:
-            leave_out(place, f"{turns} turns, --min-turns asks for {settings.min_turns}", "too few turns")
+            leave_out(place, f"it has {turns} of the {settings.min_turns} turns of --min-turns", "too few turns")
             counts.few += 1
             continue
         for sample in range(settings.samples):
@@ -435,10 +435,9 @@ def make(
         while fitting and length(fitting[-1], policy, settings) > policy.engine.context:
             fitting.pop()
         if not fitting:
-            leave_out(p.place, "no turn fits into the context", "no turn fits into the context")
             counts.unanswered += 1
         elif len(fitting) < settings.min_turns:
-            leave_out(p.place, f"{len(fitting)} turns fit into the context", "too few turns")
+            leave_out(p.place, f"{len(fitting)} of the {settings.min_turns} turns of --min-turns fit", "too few turns")
             counts.few += 1
         else:
             counts.cut += r.cut is not None or len(fitting) < r.turns

@@ -276,7 +276,7 @@ def test_joined_dialogues(run, monkeypatch):
     ]
     made = run(source, "--join", 3, "--turns", 3, "--place", "system", "--min-turns", 2, out="b.jsonl")
     assert [contents(r, "user") for r in made] == [["x", "y"], ["a", "b", "c"]]
-    assert "left out: 1 turns, --min-turns asks for 2" in run.err and "1 left out: fewer than 2 turns" in run.err
+    assert "left out: it has 1 of the 2 turns of --min-turns" in run.err and "1 left out: fewer than 2 turns" in run.err
 
 
 def test_a_dialogue_that_ends_with_a_user_and_other_forms(run, monkeypatch):
