@@ -13,6 +13,7 @@ Choices where the paper is silent:
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -137,6 +138,7 @@ class Found:
     obedience: Obedience
     attention: Attention
     dialogues: int = 0
+    rolled: int = 0
     answers: int = 0
     cut: int = 0
 
@@ -262,15 +264,22 @@ def check(settings: Settings) -> None:
             raise Misuse("with --place none there is no instruction to attend to", "--attention")
         if settings.turn_window is not None:
             raise Misuse("is of whole dialogues, and --turn-window shows parts of them", "--attention")
-    outputs = {"--out": settings.out, "--rolled": settings.rolled, "--attention": settings.attention}
-    given = [path for path in outputs.values() if path is not None]
-    for flag_name, output in outputs.items():
+    inputs = [*settings.files, *settings.constraints, *settings.trained]
+    read = {os.path.realpath(path) for path in inputs if path != "-"}
+    outputs: dict[str, str] = {}
+    for flag_name, output in (
+        ("--out", settings.out),
+        ("--rolled", settings.rolled),
+        ("--attention", settings.attention),
+    ):
         if output is None:
             continue
-        if given.count(output) > 1:
-            raise Misuse("is given to two outputs", flag_name, output)
-        if output in (*settings.files, *settings.constraints, *settings.trained) and output != "-":
+        real = output if output == "-" else os.path.realpath(output)
+        if real in outputs:
+            raise Misuse(f"is given to {outputs[real]} too", flag_name, output)
+        if real in read:
             raise Misuse("is an input and the output; write to another file", flag_name, output)
+        outputs[real] = flag_name
 
 
 def read_constraints(settings: Settings) -> list[Record]:
@@ -285,7 +294,9 @@ def read_constraints(settings: Settings) -> list[Record]:
         raise Misuse("no constraint has a check: give --judge, a reward model that says whether they are obeyed")
     if len(kept) < len(found):
         without = ", ".join(lists.kinds(c for c in found if "check" not in c))
-        console.warn(f"{len(found) - len(kept)} constraints are left out ({without}): no check; --judge can judge them")
+        n = len(found) - len(kept)
+        what = "1 constraint is" if n == 1 else f"{n:,} constraints are"
+        console.warn(f"{what} left out ({without}): no check; --judge can judge them")
     return kept
 
 
@@ -507,6 +518,7 @@ def scored(pairs: Sequence[tuple[Plan, Rolled]], scorer: Scorer, settings: Setti
 def count(plans: Sequence[Plan], rolled: Sequence[Rolled], judged: Sequence[Judged], found: Found) -> None:
     """Count the answers of a window; the roll-outs of a dialogue stand together."""
     for r in rolled:
+        found.rolled += r.turns > 0
         found.answers += r.turns
         found.cut += r.cut is not None and r.turns > 0
     for _, group in groupby(range(len(plans)), key=lambda i: plans[i].number):
@@ -612,9 +624,10 @@ def report(found: dict[str, Found], tallies: Sequence[Tally], sampling: Sequence
             console.say(f"{name}: what each answer of a dialogue attends to (i instruction, u user, a answer)")
             console.say("\n".join(gatt.picture(a)) + "\n")
     for (name, f), tally, s in zip(found.items(), tallies, sampling, strict=True):
-        parts = [f"{name}: {f.dialogues:,} dialogues, {f.answers:,} answers judged"]
+        times = f" answered {f.rolled:,} times" if f.rolled > f.dialogues else ""
+        parts = [f"{name}: {f.dialogues:,} dialogues{times}, {f.answers:,} answers judged"]
         if tally.answers:
             parts.append(tally.told(f"temperature {s.temperature:g}, top-p {s.top_p:g}", settings.max_new_tokens))
         if f.cut:
-            parts.append(f"{f.cut:,} dialogues cut at a turn boundary: the context ends")
+            parts.append(f"{f.cut:,} times cut at a turn boundary: the context ends")
         console.say("; ".join(parts))

@@ -306,7 +306,7 @@ def test_the_context_ends_a_dialogue(run, scripted, tmp_path):
     [record] = read(tmp_path / "r.jsonl")
     n = len(record["gatt"]["obeyed"])
     assert 5 < n < 60 and record["gatt"]["cut"] == n + 1 and max(shares(records)) == n
-    assert "1 dialogues cut at a turn boundary: the context ends" in run.err
+    assert "1 times cut at a turn boundary: the context ends" in run.err
     long = {"messages": [{"role": "user", "content": "what is " * 300}]}
     code, err = run([long], constraints=WORDS[:1], models=["gatt"])
     assert code == 1 and "in.jsonl:1: the prompt has" in err
@@ -365,7 +365,7 @@ def test_a_judge_says_what_score_says(run, folders, tmp_path):
 def test_without_a_judge_what_has_no_check_is_left_out_and_told(run, scripted):
     free = [{"kind": "manner", "instruction": "Be kind."}, constraint("fox")]
     assert shares(run(DIALOGUES, constraints=free), model="gatt")[1] == (5, 5)
-    assert "1 constraints are left out (manner): no check" in run.err
+    assert "1 constraint is left out (manner): no check" in run.err
     code, err = run(DIALOGUES, constraints=free[:1])
     assert code == 2 and "no constraint has a check: give --judge" in err
 
@@ -478,7 +478,8 @@ def test_outputs_that_do_not_go_together_start_over(run, monkeypatch, tmp_path):
         (("--cycle",), "--cycle: up to how many turns?"),
         (("--attention", "a.jsonl", "--place", "none"), "--attention: with --place none"),
         (("--attention", "a.jsonl", "--turn-window", 2), "--attention: is of whole dialogues"),
-        (("--rolled", "r.jsonl", "--attention", "r.jsonl"), "is given to two outputs"),
+        (("--rolled", "r.jsonl", "--attention", "./r.jsonl"), "--attention:./r.jsonl: is given to --rolled too"),
+        (("--rolled", "base/config.json", "--trained", "base/config.json"), "is an input and the output"),
         (("--trained", "-"), "--trained: stdin is for the dialogues"),
         (("--judge-threshold", 2), "--judge-threshold: expected 0 to 1"),
     ],
