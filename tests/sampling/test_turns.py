@@ -14,7 +14,7 @@ from llama2cli.nn.config import ModelConfig
 from llama2cli.nn.model import Llama
 from llama2cli.sampling.engine import Engine, Result
 from llama2cli.sampling.samples import Tally, sample_records
-from llama2cli.sampling.turns import recent, roll_out, user_turns
+from llama2cli.sampling.turns import join_turns, recent, roll_out, user_turns
 from llama2cli.text.chat import encode_dialogue
 from llama2cli.text.records import validate
 from llama2cli.text.streams import Place
@@ -189,6 +189,30 @@ def test_user_turns():
     assert user_turns(given[1:], 5) == [user("a"), user("b")]
     assert user_turns(given[1:], 5, cycle=True) == [user(c) for c in "ababa"]
     assert user_turns(given[1:], 2, cycle=True) == [user("a"), user("b")]
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), max_size=12), st.integers(2, 6))
+def test_joined_dialogues_hold_every_turn_once_and_in_order(shapes, n):
+    """Those with a system message pass alone; the others stand together until they have n turns."""
+    given = []
+    for i, (turns, with_system) in enumerate(shapes):
+        users = [user(f"{i}.{turn}") for turn in range(turns)]
+        record = {"messages": [system("s"), *users] if with_system else users, "source": "one", "n": i}
+        given.append((Place("in.jsonl", i + 1), record))
+    made = list(join_turns(given, n))
+    alone = [item for item in given if item[1]["messages"][0]["role"] == "system"]
+    assert [item for item in made if item[1]["messages"][0]["role"] == "system"] == alone
+    joined = [(place, r) for place, r in made if r["messages"][0]["role"] == "user"]
+    assert all(len(r["messages"]) >= n for _, r in joined[:-1])
+    held = [r["messages"] for _, r in given if r["messages"][0]["role"] == "user"]
+    assert [m for _, r in joined for m in r["messages"]] == [m for messages in held for m in messages]
+    assert sum(r["joined"] for _, r in joined) == len(held)
+    for place, r in joined:
+        assert r["messages"][0]["content"] == f"{place.line - 1}.0", "its place is that of the first"
+        assert r["source"] == "one" and ("n" in r) == (r["joined"] == 1)
+        if r["joined"] > 1:
+            last = int(r["messages"][-1]["content"].split(".")[0])
+            assert len(r["messages"]) - shapes[last][0] < n, "no more than are wanted"
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.booleans())
