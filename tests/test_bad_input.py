@@ -695,6 +695,71 @@ def _(kit: Path) -> list[str]:
     return [a if a != f"{kit}/ck" else f"{kit}/tok.model" for a in sft(kit, DIALOGUE)]
 
 
+# --- distillation and time ------------------------------------------------------------------------------------------
+
+
+def distill(kit: Path, *lines: str, more: tuple[str, ...] = ()) -> list[str]:
+    """Context distillation of these prompts; the one template that is there is a good one."""
+    templates = records(kit, "templates.toml", "[[teachers]]", 'preprompt = "Be kind."')
+    given = ["--templates", templates, "--policy", f"{kit}/ck", "--max-new-tokens", "2", *more]
+    return ["distill", *given, "-o", f"{kit}/earlier.jsonl", records(kit, "asked.jsonl", *lines)]
+
+
+@case("a prompt to distil that is answered", 1, "asked.jsonl:2: messages[1].role", "user")
+def _(kit: Path) -> list[str]:
+    return distill(kit, json.dumps({"messages": [ASKED]}), DIALOGUE)
+
+
+@case("no adversarial prompt", 1, "asked.jsonl", '"unsafe": true')
+def _(kit: Path) -> list[str]:
+    return distill(kit, json.dumps({"messages": [ASKED]}), more=("--preset", "safety", "--gate", "none"))
+
+
+@case("a gate without its reward model", 2, "--rm-safe")
+def _(kit: Path) -> list[str]:
+    return distill(kit, json.dumps({"messages": [ASKED]}), more=("--gate", "safe"))
+
+
+@case("a template with a field that is misspelt", 1, "mine.toml:2: teachers[0].promt", 'did you mean "prompt"')
+def _(kit: Path) -> list[str]:
+    mine = records(kit, "mine.toml", "[[teachers]]", 'promt = "{prompt}"')
+    return distill(kit, json.dumps({"messages": [ASKED]}), more=("--templates", mine))
+
+
+@case("a template that is no TOML", 1, "mine.toml:1", "is not TOML")
+def _(kit: Path) -> list[str]:
+    return distill(kit, json.dumps({"messages": [ASKED]}), more=("--templates", records(kit, "mine.toml", "Be kind.")))
+
+
+DATED = {"question": "Who won?", "answer": "Ann", "event_date": "2020-05", "query_date": "2021"}
+
+
+def temporal(kit: Path, *lines: str, more: tuple[str, ...] = ()) -> list[str]:
+    """Facts that the model is asked for."""
+    source = records(kit, "facts.jsonl", *lines)
+    return ["eval", "temporal", "--model", f"{kit}/ck", *more, "-o", f"{kit}/earlier.jsonl", source]
+
+
+@case("a date that is none", 1, "facts.jsonl:2: event_date", "2023-07-18")
+def _(kit: Path) -> list[str]:
+    return temporal(kit, json.dumps(DATED), json.dumps(DATED | {"event_date": "May 2020"}))
+
+
+@case("a fact without a date", 1, "facts.jsonl:1", '"query_date"', "missing")
+def _(kit: Path) -> list[str]:
+    return temporal(kit, json.dumps({k: v for k, v in DATED.items() if k != "query_date"}))
+
+
+@case("a fact of a day that is not there, to train on", 1, "chat.jsonl:1: query_date", "no such date")
+def _(kit: Path) -> list[str]:
+    return sft(kit, json.dumps(DATED | {"query_date": "2021-02-29"}))
+
+
+@case("an answer where a question is asked for", 1, "facts.jsonl:1: messages", "answered already")
+def _(kit: Path) -> list[str]:
+    return temporal(kit, json.dumps(DATED | {"messages": [ASKED, ANSWERED]}))
+
+
 # --- Ghost Attention ----------------------------------------------------------------------------------------------
 
 RULE = {"kind": "figure", "instruction": "Act as Napoleon."}
