@@ -495,23 +495,23 @@ def scored(pairs: Sequence[tuple[Plan, Rolled]], scorer: Scorer, settings: Setti
     """
     from llama2cli.measure.rates import sigmoid
     from llama2cli.rlhf.gatt import augment
-    from llama2cli.text.chat import encode_dialogue
+    from llama2cli.sampling.turns import encode_recent
 
     tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
     sequences = []
     for p, r in pairs:
         whole = augment(r.messages, p.instruction)
-        first = 1 if whole and whole[0]["role"] == "system" else 0
-        for turn in range(r.turns):
-            messages = whole[: first + 2 * turn + 2]
-            while True:
-                ids = encode_dialogue(
-                    scorer.tokenizer, messages, truncated=r.truncated[turn], tags=tags, place=p.place
-                ).ids
-                if len(ids) <= scorer.context or len(messages) - first <= 2:
-                    break
-                messages = messages[:first] + messages[first + 2 :]
-            sequences.append(ids[: scorer.context])
+        first = len(whole) - 2 * r.turns
+        for turn, truncated in enumerate(r.truncated, start=1):
+            ids, _ = encode_recent(
+                scorer.tokenizer,
+                whole[: first + 2 * turn],
+                scorer.context,
+                truncated=truncated,
+                tags=tags,
+                place=p.place,
+            )
+            sequences.append(ids)
     return [sigmoid(score) for score in scorer.score(sequences)]
 
 
