@@ -13,7 +13,8 @@ Tasks, the arms of Fig. 16:
     kept_plain   the best plain answers to the same prompts
     gated        kept where there is one, else the best plain answer, over all prompts; and `best_plain` over the same
 
-The gain of template_over_preprompt is that of the one over the other, on the same prompts.
+Gains of preprompt and template are over plain, those of kept and gated over the best plain answer, and that of
+template_over_preprompt is of the one over the other; all on the same prompts.
 """
 
 from __future__ import annotations

@@ -332,7 +332,7 @@ def ask(
 ) -> list[Case]:
     """The prompts of a window that are answered, with what each is put into. What is left out is counted."""
     from llama2cli.rlhf.distillation import adversarial
-    from llama2cli.sampling.samples import with_system
+    from llama2cli.sampling.samples import passed_on, with_system
 
     cases = []
     for place, record in window:
@@ -349,7 +349,7 @@ def ask(
             console.warn(f"{place.file}:{place.line}: left out: {why}", f"prompts left out: {why}")
             count_reason(counts, why, distilled)
             continue
-        case = Case(place, record, lessons, distilled)
+        case = Case(place, passed_on(record, place), lessons, distilled)
         if not has_room(case, models, settings, tally):
             count_reason(counts, "fills a context", distilled)
             continue
@@ -465,10 +465,9 @@ def learn(
 ) -> None:
     """Add a lesson's answers to a case as the student would learn them; of the first, why one may not be kept."""
     from llama2cli.rlhf.distillation import QUOTED, extracted, flaw, quotes, student
-    from llama2cli.sampling.samples import passed_on
 
     messages = case.prompt["messages"]
-    prompt = {**passed_on(case.prompt, case.place), "id": prompt_id(messages)}
+    prompt = {**case.prompt, "id": prompt_id(messages)}
     learnt = []
     for sampled in samples:
         whole = sampled["messages"][-1]["content"]

@@ -405,6 +405,15 @@ def test_conversations_and_the_place_of_the_preprompt(run, monkeypatch):
     assert kept["messages"][:-1] == talk["messages"]
 
 
+def test_what_passes_through(run):
+    """Other fields do, an id as own_id; scores of an earlier answer do not, and that is told once."""
+    record = tagged("x", id="mine", topic="t", safe=0.4, category="theft", attack="role play")
+    [kept] = run([record], *KEEP, "--gate", "none", "--compare", k=1)
+    assert kept["own_id"] == "mine" and kept["id"] == prompt_id(record["messages"]) and kept["topic"] == "t"
+    assert kept["attack"] == "role play" and kept["safe"] != 0.4
+    assert run.err.count("in.jsonl:1: not passed on: safe") == 1
+
+
 def test_a_gate_by_the_other_model_and_no_gate_at_all(run, monkeypatch):
     fake(monkeypatch, "ab", {"a": 1.0, "b": 2.0})
     [kept] = run([prompt("x")], "--temperature", 1, "--gate", "help", preset=False, rms=("help",), k=1)
