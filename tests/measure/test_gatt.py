@@ -107,7 +107,8 @@ def test_what_is_not_known_to_be_trained_is_in_neither():
     made = Obedience()
     made.add([Judged("hobby", None, [True, False])])
     assert {split for split, _, _ in made.shares} == {""}
-    assert {r["measure"] for r in gatt.records("m", made)} == {"gatt.obedience", "gatt.later"}
+    found = [(r["measure"], r.get("turn"), r.get("category")) for r in gatt.records("m", made)]
+    assert found == [("gatt.obedience", 1, None), ("gatt.obedience", 2, None), ("gatt.later", None, None)], "one kind"
 
 
 def test_the_state_is_the_whole():
@@ -236,5 +237,15 @@ def test_the_picture():
     assert first == "   1  " + " \u2588\u2591"
     assert second == "   2x " + " \u2592" + 6 * " " + "\u2588"
     assert all(len(line) <= 6 + 7 for line in gatt.picture(made, width=5))
+    shorter, longest = (
+        list(gatt.attention_records(x, p, 4)) for x, p in ((w[:14, :14], PARTS[:4]), (weights(), PARTS))
+    )
+    made.add(longest, [True, True])
+    made.add(shorter, [True])
+    assert gatt.picture(made)[1:] == [first, second], "of several the first of the longest"
+    other = Attention()
+    other.add(shorter, [True])
+    other.add(longest, [True, True])
+    assert len(gatt.picture(other)) == 3
     narrow = gatt.picture(made, width=5)
     assert narrow[0] == "       iuauaa" and narrow[1] == "   1   \u2588"
