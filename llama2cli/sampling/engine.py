@@ -39,7 +39,8 @@ from llama2cli.sampling.sampler import Policy, SampleParams, draw, uniforms
 from llama2cli.sampling.stems import Stem, stems
 from llama2cli.text.tokenizer import Tokenizer
 
-CACHE_BYTES = 4 << 30  # of keys and values; more rows than fit are not decoded together
+CACHE_BYTES = 4 << 30  # of keys and values on a CPU; more rows than fit are not decoded together
+GPU_SHARE, GPU_FREE = 1 / 4, 3 / 4  # on a GPU: so much of its memory, but no more than so much of what is free
 STEM_SHARE = 1 / 8  # as many bytes again, as a share of these, for common beginnings of prompts
 PREFILL_TOKENS = 8192  # of padded prompts in one forward pass
 SCORES_BYTES = 1 << 30  # of attention scores in the pass behind a stem: with its mask some kernels hold them whole
@@ -134,6 +135,15 @@ def row_bytes(model: Llama, size: int) -> int:
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size * model.embed.element_size()
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of keys and values that are held at a time. What torch has taken from a GPU and does not use is free."""
+    if device.type != "cuda":
+        return CACHE_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(min(GPU_SHARE * total, GPU_FREE * free))
+
+
 @dataclass
 class Kept:
     """Keys and values of some tokens, [L, G, T, K], for rows to come; of a whole prompt the logits [V] after it."""
@@ -188,12 +198,13 @@ class Batch:
         # longest first: rows of like length stand together, and the end of the queue is short work; equal ones in a row
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), self.equal[i], i)))
         self.kept: dict[int, Kept] = {}  # of the prompt that has samples in the rows and in the queue: one at most
-        self.share(list(seen.values()))
-        self.limits = limits = [room(prompt, p, engine.context) for prompt, p in zip(prompts, params)]
         device = engine.model.embed.device
+        memory = cache_bytes(device)
+        self.share(list(seen.values()), int(STEM_SHARE * memory))
+        self.limits = limits = [room(prompt, p, engine.context) for prompt, p in zip(prompts, params)]
         form = choose(device, sum(limits) // min(engine.rows, len(prompts)))
         size = whole(max(len(prompt) + limit for prompt, limit in zip(prompts, limits)), form)
-        most = max(1, CACHE_BYTES // row_bytes(engine.model, size))
+        most = max(1, memory // row_bytes(engine.model, size))
         self.rows = rows = min(engine.rows, len(prompts), most)
         self.cache = new_cache(engine.model, rows, size)
         self.steps = Steps(engine.decoder, self.cache, form)
@@ -213,13 +224,12 @@ class Batch:
         self.one_policy = Policy(params[:1], device) if alike else None
         self.changed()
 
-    def share(self, distinct: list[int]) -> None:
-        """Find the stems of the prompts, as many as may be held besides the cache."""
+    def share(self, distinct: list[int], left: int) -> None:
+        """Find the stems of the prompts, as many as `left` bytes besides the cache hold."""
         self.stems: list[Stem] = []
         self.stem_of: dict[int, int] = {}  # the number of a prompt's stem
         self.waiting: list[int] = []  # prompts of each stem that are to come
         self.trunks: dict[int, Kept] = {}  # of the stems that some have come of
-        left = int(STEM_SHARE * CACHE_BYTES)
         for stem in stems([self.prompts[i] for i in distinct]):
             left -= row_bytes(self.engine.model, stem.length)
             if left < 0:
@@ -430,8 +440,6 @@ class Batch:
                 by_step[:, to] = by_step[:, frm]
         self.lengths[left:n] = 0
         self.n, self.owner, self.born = left, owner, born
-        if not left:
-            self.unread.clear()
         self.changed()
 
 

@@ -1,7 +1,7 @@
 """New tokens per second: our engine beside transformers' generate, on the same weights, prompts and lengths.
 
     python tests/bench/generate.py [--sizes 1m,15m] [--batches 1,16,k16,64] [--rounds 3] [--threads 1] [--core 0]
-    python tests/bench/generate.py --heads 6,2,1 --sizes 15m --batches 16,64 --prompt 512
+    python tests/bench/generate.py --heads 6,2,1 --sizes 15m --batches 1,k16,k64,k128 --prompt 512 --sides ours
 
 Random weights, prompts of 64 tokens, 128 new ones, drawn at temperature 1 (no top-k, no top-p), no stop token. A batch
 of k16 is 16 samples of one prompt, which transformers calls num_return_sequences. Each side runs in a process of its
@@ -10,7 +10,10 @@ transformers is run as it is shipped, and once more with glibc told to keep free
 
 --heads: the same model with so many key-value heads (multi-head, grouped-query and multi-query attention; Llama 2,
 appendix A.2.1), its feed-forward widened until it has as many parameters, as in the paper; with bytes of the cache for
-one token, and how many rows of this length the engine's cache holds. One JSON line for each size, heads and batch.
+one token, and how many rows of this length the engine's cache holds. Many samples of one long prompt (k64) show what
+the steps cost, the prompt is computed once. `--batches ""` runs nothing: the bytes alone, for models of any size.
+
+One JSON line for each size, heads and batch.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--core", default="", help="core to pin to; not pinned when not given")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--sides", default=",".join(SIDES), help="which of %(default)s")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -53,18 +57,20 @@ def main() -> None:
     if a.side:
         print(json.dumps(measure(a)))
         return
-    best: dict[str, dict[str, float]] = {side: {} for side in SIDES}
-    for _ in range(a.rounds):
-        for side in SIDES:
+    sides = a.sides.split(",")
+    best: dict[str, dict[str, float]] = {side: {} for side in sides}
+    for _ in range(a.rounds if a.batches else 0):
+        for side in sides:
             for case, rate in child(side).items():
                 best[side][case] = max(best[side].get(case, 0), rate)
-    for case in best["ours"]:
+    for case in best[sides[0]] or [f"{size}:{heads}:" for size in a.sizes.split(",") for heads in a.heads.split(",")]:
         size, heads, batch = case.split(":")
-        rates = {side: best[side][case] for side in SIDES}
+        rates = {side: best[side][case] for side in sides} if batch else {}
         line: dict[str, Any] = dict(what="generate", size=size, dtype=a.dtype, device=a.device, batch=batch)
         line |= dict(prompt=a.prompt, new=a.new) | (cache(size, int(heads), a) if heads else {}) | rates
-        line["ratio"] = round(rates["ours"] / rates["transformers"], 2)
-        line["ratio_keeping_memory"] = round(rates["ours"] / rates["transformers_keeping_memory"], 2)
+        for name, side in (("ratio", SIDES[1]), ("ratio_keeping_memory", SIDES[2])):
+            if {SIDES[0], side} <= rates.keys():
+                line[name] = round(rates[SIDES[0]] / rates[side], 2)
         print(json.dumps(line))
 
 
@@ -83,7 +89,7 @@ def shape(size: str, heads: int | None, length: int) -> Any:
     config = replace(config, max_position_embeddings=max(length, config.max_position_embeddings))
     if heads is None:
         return config
-    fewer = 2 * (config.num_attention_heads - heads) * config.head_dim  # rows of keys and values, D parameters each
+    fewer = 2 * (config.num_key_value_heads - heads) * config.head_dim  # rows of keys and values, D parameters each
     return replace(config, num_key_value_heads=heads, intermediate_size=config.intermediate_size + round(fewer / 3))
 
 

@@ -350,6 +350,17 @@ def test_cache_bound_lowers_the_rows(monkeypatch):
     assert Batch(Engine(model, Ends(), rows=64), prompts(10), [SampleParams(10)] * 10, False).rows == 1
 
 
+def test_the_cache_takes_a_quarter_of_a_gpu_or_what_is_free(monkeypatch):
+    """80 GB, of which others hold some, and torch holds 10 GB, of which it uses 4."""
+    gpu, giga = torch.device("cuda"), 10**9
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * giga)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * giga)
+    for free, want in ((70, 20), (30, 20), (14, 15), (2, 6)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * giga, 80 * giga))
+        assert engine_module.cache_bytes(gpu) == want * giga
+    assert engine_module.cache_bytes(torch.device("cpu")) == engine_module.CACHE_BYTES
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [1, 6])
 def test_a_step_equals_the_model(kv_heads, dtype):
