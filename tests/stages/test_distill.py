@@ -484,6 +484,20 @@ def test_a_run_that_was_killed_goes_on(run, monkeypatch, tmp_path, where):
     assert not list(tmp_path.glob("*.journal")) and not list(tmp_path.glob("*.partial"))
 
 
+def test_outputs_that_do_not_go_together_start_over(run, monkeypatch, tmp_path):
+    """What a killed run left of --rejected is gone: both are made anew."""
+    flags = (*KEEP, "--window", 3, "--rejected", tmp_path / "r.jsonl")
+    run(PROMPTS, *flags)
+    whole = [(tmp_path / name).read_bytes() for name in ("out.jsonl", "r.jsonl")]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.stage("distill"), "write_metrics", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(PROMPTS, *flags)[0] == 130
+    (tmp_path / "r.jsonl.partial").unlink()
+    run(PROMPTS, *flags)
+    assert "r.jsonl: what belongs to" in run.err and "both start over" in run.err
+    assert [(tmp_path / name).read_bytes() for name in ("out.jsonl", "r.jsonl")] == whole
+
+
 def test_results_do_not_depend_on_the_window(run, tmp_path):
     outputs = set()
     for i, flags in enumerate([(), ("--window", 5), ("--window", 1, "--batch-size", 3)]):
