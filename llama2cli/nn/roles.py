@@ -38,6 +38,7 @@ def ppo_memory(
     *,
     tokens: int,
     cache_bytes: int,
+    prompt_tokens: int = 0,
     gpus: int = 1,
     compute_bytes: int = 4,
     offload: bool = False,
@@ -46,8 +47,8 @@ def ppo_memory(
     """Bytes per device of PPO.
 
     value: the value model's shape, None for a head on the policy's trunk. frozen: by role; each is whole on every
-    device. tokens: of a micro-batch. cache_bytes: of the keys and values while answers are sampled. offload: what only
-    reads rests in host memory between its phases.
+    device. tokens: of a micro-batch. cache_bytes: of the keys and values while answers are sampled. prompt_tokens: of the
+    prompts that are run at once before that. offload: what only reads rests in host memory between its phases.
 
     What trains has weights and moments all the time, gradients and activations while it is updated, one model after the
     other. Answers are sampled with a whole copy of the policy, unless the weights are whole and in the type already.
@@ -70,6 +71,7 @@ def ppo_memory(
         for name, f in frozen.items()
     }
     copy = 0 if gpus == 1 and compute_bytes == 4 else budget.n_params(policy) * compute_bytes
+    begin = budget.activation_bytes_per_token(policy, compute_bytes) * prompt_tokens
     always = sum(rest.values()) + (0 if offload else sum(still.values()))
     away = [still[name] * offload + reading[name] for name in frozen]
     return Held(
@@ -80,7 +82,7 @@ def ppo_memory(
             "keys and values": float(cache_bytes),
         },
         phases={
-            "rollout": always + copy + cache_bytes,
+            "rollout": always + copy + cache_bytes + begin,
             "scoring": always + max(away, default=0),
             "update": always + max(work.values()),
         },
