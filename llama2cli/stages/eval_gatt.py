@@ -17,9 +17,10 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llama2cli import console, provenance
@@ -34,9 +35,9 @@ from llama2cli.text.streams import Place, decode, open_output, read_json, some, 
 
 if TYPE_CHECKING:
     from llama2cli.measure.gatt import Attention, Judged, Obedience
-    from llama2cli.sampling.engine import Engine, Result
+    from llama2cli.sampling.engine import Result
     from llama2cli.sampling.load import Sampling
-    from llama2cli.sampling.samples import Tally
+    from llama2cli.sampling.samples import AnyEngine, Tally
     from llama2cli.sampling.scoring import Scorer
     from llama2cli.sampling.turns import Rolled
     from llama2cli.text.tokenizer import Tokenizer
@@ -71,6 +72,14 @@ class Settings(Filter, Compute):
         default=[],
         help="the model under test: an HF folder, step folder or run folder; may be repeated",
         complete="checkpoint",
+    )
+    endpoint: str | None = flag(
+        default=None,
+        metavar="URL",
+        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp) for --model, a name that it serves",
+    )
+    tokenizer: str | None = flag(
+        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
     )
     constraints: list[str] = flag(
         default=[], help="constraint records, for dialogues without one of their own; may be repeated", complete="file"
@@ -177,7 +186,7 @@ class Models:
     """A model under test and what judges it."""
 
     name: str
-    engine: Engine
+    engine: AnyEngine
     tokenizer: Tokenizer
     sampling: Sampling
     scorer: Scorer | None
@@ -199,22 +208,25 @@ class Outputs:
 
 def run(settings: Settings) -> None:
     """Roll the dialogues out with each model, judge the answers, show and write the shares by turn."""
-    from llama2cli.sampling.load import settle_sampling
+    from llama2cli.sampling.remote import journal_beside
     from llama2cli.sampling.samples import Tally, policy_names
 
     # 1. what is asked: all is read, and the outputs opened, before a model is loaded
     check(settings)
-    names = policy_names(*settings.model)
-    folders = [resolve_model(path) for path in settings.model]
+    is_local = settings.endpoint is None
+    names = policy_names(*settings.model) if is_local else tuple(settings.model)
+    weights = settings.model if is_local else [settings.tokenizer or ""]
+    folders = [resolve_model(path) for path in weights] if is_local else [Path(path) for path in weights]
     folders += [resolve_model(settings.judge)] if settings.judge is not None else []
     constraints = read_constraints(settings)
     trained = read_trained(settings)
-    sampling = [settle_sampling(path, settings.temperature, settings.top_p) for path in settings.model]
+    sampling = [settle_sampling_of(path, settings) for path in settings.model]
     asked = some(planned(settings, names, constraints), settings.files, "dialogues with an instruction")
     if settings.provenance:
-        inputs = [*settings.files, *settings.constraints, *settings.trained, *settings.model]
+        inputs = [*settings.files, *settings.constraints, *settings.trained, *weights]
         provenance.write(settings.provenance, settings, [*inputs, *([settings.judge] if settings.judge else [])])
     tallies = [Tally() for _ in names]
+    journal = None if is_local else journal_beside(settings.out)
     with ExitStack() as stack:
         outputs = open_outputs(settings, stack, sampling, [*folders, *settings.constraints, *settings.trained])
         known = outputs.metrics.state or {}
@@ -226,17 +238,16 @@ def run(settings: Settings) -> None:
             for name, items in groupby(outputs.metrics.rest(asked), key=lambda item: item[1]["model"]):
                 i = names.index(name)
                 scorer = scorer or load_judge(settings)
-                models = load(settings, name, settings.model[i], sampling[i], scorer)
-                for window in windows(items, settings.window):
-                    plans = [p for place, record in window for p in plans_of(place, record, trained, settings)]
-                    rolled = answer(plans, models, settings, tallies[i], progress)
-                    judged = judge(plans, rolled, models, settings)
-                    write(plans, rolled, judged, models, settings, outputs, found[name])
-                    count(plans, rolled, judged, found[name])
-                    done += len(window)
-                    outputs.commit(done, {n: f.state() for n, f in found.items()})
+                with load(settings, name, settings.model[i], sampling[i], scorer, journal) as models:
+                    for window in windows(items, settings.window):
+                        plans = [p for place, record in window for p in plans_of(place, record, trained, settings)]
+                        evaluate(plans, models, settings, outputs, found[name], tallies[i], progress)
+                        done += len(window)
+                        outputs.commit(done, {n: f.state() for n, f in found.items()})
         for record in records(found):
             outputs.metrics.write(record)
+    if journal is not None:
+        journal.unlink(missing_ok=True)  # the outputs are complete: the server's answers need not be kept beside them
     report(found, tallies, sampling, settings)
 
 
@@ -255,11 +266,15 @@ def check(settings: Settings) -> None:
     for name, paths in (("--constraints", settings.constraints), ("--trained", settings.trained)):
         if "-" in paths:
             raise Misuse("stdin is for the dialogues; give a file", name)
+    if (settings.endpoint is None) != (settings.tokenizer is None):
+        raise Misuse("--endpoint and --tokenizer go together: prompts are sent as token ids", "--endpoint")
     if settings.each is not None and not settings.constraints:
         raise Misuse("there is nothing to draw from: give --constraints", "--each")
     if settings.cycle and settings.turns is None:
         raise Misuse("up to how many turns? give --turns", "--cycle")
     if settings.attention is not None:
+        if settings.endpoint is not None:
+            raise Misuse("a server does not tell what its model attends to", "--attention")
         if settings.place == "none":
             raise Misuse("with --place none there is no instruction to attend to", "--attention")
         if settings.turn_window is not None:
@@ -416,15 +431,53 @@ def load_judge(settings: Settings) -> Scorer | None:
     return Scorer.load(settings.judge, device=settings.device, dtype=settings.dtype, tokens=settings.batch_tokens)
 
 
-def load(settings: Settings, name: str, path: str, sampling: Sampling, scorer: Scorer | None) -> Models:
-    """A model under test."""
-    from llama2cli.sampling.load import load_engine
+def settle_sampling_of(path: str, settings: Settings) -> Sampling:
+    """How answers are drawn, as the flags or else the model's folder say; a server has no folder that could be read."""
+    from llama2cli.sampling.load import settle_sampling
+    from llama2cli.sampling.remote import settle_remote_sampling
 
-    engine, tokenizer = load_engine(path, device=settings.device, dtype=settings.dtype, rows=settings.batch_size)
-    return Models(name, engine, tokenizer, sampling, scorer)
+    if settings.endpoint is not None:
+        return settle_remote_sampling(settings.temperature, settings.top_p)
+    return settle_sampling(path, settings.temperature, settings.top_p)
+
+
+@contextmanager
+def load(
+    settings: Settings, name: str, path: str, sampling: Sampling, scorer: Scorer | None, journal: Path | None
+) -> Iterator[Models]:
+    """A model under test, until the next one takes its place. journal: of a server's answers."""
+    from llama2cli.sampling.load import load_engine
+    from llama2cli.sampling.remote import connect
+
+    rows = settings.batch_size
+    if settings.endpoint is None:
+        engine, tokenizer = load_engine(path, device=settings.device, dtype=settings.dtype, rows=rows)
+        yield Models(name, engine, tokenizer, sampling, scorer)
+        return
+    server, tokenizer = connect(
+        settings.endpoint, settings.tokenizer or "", model=path, journal=journal, concurrency=rows
+    )
+    with server:
+        yield Models(name, server, tokenizer, sampling, scorer)
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    plans: Sequence[Plan],
+    models: Models,
+    settings: Settings,
+    outputs: Outputs,
+    found: Found,
+    tally: Tally,
+    progress: console.Progress,
+) -> None:
+    """Answer, judge, write and count the dialogues of a window."""
+    rolled = answer(plans, models, settings, tally, progress)
+    judged = judge(plans, rolled, models, settings)
+    write(plans, rolled, judged, models, settings, outputs, found)
+    count(plans, rolled, judged, found)
 
 
 def shown(messages: list[Record], instruction: str, place: str) -> list[Record]:
@@ -588,9 +641,11 @@ def attended(record: Record, p: Plan, models: Models, settings: Settings) -> lis
     from llama2cli.measure.gatt import attention_records
     from llama2cli.nn.attention_weights import largest_weights
     from llama2cli.sampling.attention import dialogue_parts
+    from llama2cli.sampling.engine import Engine
 
     tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
     engine = models.engine
+    assert isinstance(engine, Engine)  # a server's model cannot be looked into: see `check`
     laid = dialogue_parts(models.tokenizer, record["messages"], p.instruction, engine.context, tags=tags)
     if laid is None:
         where = f"{p.place.file}:{p.place.line}"

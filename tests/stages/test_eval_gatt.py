@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import urllib.request
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -466,6 +469,60 @@ def test_outputs_that_do_not_go_together_start_over(run, monkeypatch, tmp_path):
     run(DIALOGUES, *flags, constraints=WORDS, models=["base"])
     assert "all outputs start over" in run.err
     assert [(tmp_path / name).read_bytes() for name in ("out.jsonl", "r.jsonl")] == whole
+
+
+# --- another machine's model --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(folders, tmp_path):
+    """A server of the base model as a process of its own: its name, the flags that lead to it, and its log."""
+    script = Path(__file__).parents[1] / "sampling" / "completions_server.py"
+    tokenizer = folders["base"] / "tokenizer.model"
+    settings = {
+        "tokenizer": str(tokenizer),
+        "log": str(tmp_path / "log"),
+        "engine": str(folders["base"]),
+        "context": CONTEXT,
+    }
+    server = subprocess.Popen([sys.executable, str(script), json.dumps(settings)], stdout=subprocess.PIPE, text=True)
+    try:
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        with urllib.request.urlopen(f"{url}/v1/models") as reply:
+            name = json.load(reply)["data"][0]["id"]
+        yield name, ("--endpoint", url, "--tokenizer", tokenizer), tmp_path / "log"
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+def test_a_model_that_is_served(run, served, tmp_path, monkeypatch):
+    """Over HTTP (temperature 0 has no random numbers) the same as here; after a kill no answer is asked for again."""
+    name, flags, log = served
+    greedy = ("--temperature", 0, "--window", 2, "--each", 1)
+    here = run(DIALOGUES, *greedy, constraints=WORDS, models=["base"])
+    stage = cli.stage("eval gatt")
+    with monkeypatch.context() as patch:
+        calls, evaluate = [], stage.evaluate
+
+        def stopped(*a):
+            evaluate(*a)
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt  # all answers of the window are there, and nothing of it is in the outputs
+
+        patch.setattr(stage, "evaluate", stopped)
+        assert run(DIALOGUES, *greedy, *flags, constraints=WORDS, models=[name], out="there.jsonl")[0] == 130
+    there = run(DIALOGUES, *greedy, *flags, constraints=WORDS, models=[name], out="there.jsonl")
+    assert there == [{**r, "model": name} for r in here]
+    asked = [r for r in read(log) if r["event"] == "answered" and r["max_tokens"] == 6]  # not what it is greeted with
+    assert len(asked) == 15, "five dialogues of three turns"
+    assert not list(tmp_path.glob("there.jsonl.*"))
+    code, err = run(DIALOGUES, *flags, "--attention", tmp_path / "a.jsonl", constraints=WORDS, models=[name])
+    assert code == 2 and "a server does not tell what its model attends to" in err
+    code, err = run(DIALOGUES, *flags[:2], constraints=WORDS, models=[name])
+    assert code == 2 and "--endpoint and --tokenizer go together" in err
 
 
 # --- what cannot be done ------------------------------------------------------------------------------------------
