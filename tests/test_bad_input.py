@@ -760,6 +760,207 @@ def _(kit: Path) -> list[str]:
     return temporal(kit, json.dumps(DATED | {"messages": [ASKED, ANSWERED]}))
 
 
+# --- PPO ----------------------------------------------------------------------------------------------------------
+
+PROMPT = json.dumps({"messages": [ASKED]})
+
+
+def reward_model(kit: Path, name: str, **changes: Any) -> str:
+    """A reward model of the kit's shape, with another tokenizer where `tokenizer` names its file."""
+    import dataclasses
+
+    from llama2cli.nn import checkpoint
+    from llama2cli.nn.model import Llama
+    from llama2cli.text.tokenizer import Tokenizer
+
+    if (kit / name).exists():
+        return f"{kit}/{name}"
+    tokenizer = Tokenizer.load(changes.pop("tokenizer", kit / "tok.model"))
+    config = dataclasses.replace(checkpoint.load_config(kit / "ck"), **changes)
+    model = Llama(config, scorer=True)
+    model.init_weights(2)
+    (kit / name).mkdir()
+    checkpoint.save_model(kit / name, model, tokenizer)
+    return f"{kit}/{name}"
+
+
+def ppo(kit: Path, *lines: str, more: tuple[str, ...] = (), rm: bool = True, policy: str = "ck") -> list[str]:
+    """One iteration on these prompts."""
+    given = ["--policy", f"{kit}/{policy}", "--steps", "1", "--batch-size", "2", "--mini-batch", "2"]
+    given += ["--rm-help", reward_model(kit, "rm")] if rm else []
+    prompts = ["--prompts", records(kit, "asked.jsonl", *lines)] if lines else []
+    return ["ppo", *given, "--max-new-tokens", "2", *prompts, *more, "-o", f"{kit}/run"]
+
+
+@case("a prompt to train on that is answered", 1, "asked.jsonl:2: messages[1].role", "user")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, DIALOGUE)
+
+
+@case("prompts that are no JSON", 1, "asked.jsonl:1", "JSON")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, "the fox")
+
+
+@case("an unsafe tag that is no boolean", 1, "asked.jsonl:1: unsafe", '"yes"')
+def _(kit: Path) -> list[str]:
+    return ppo(kit, json.dumps({"messages": [ASKED], "unsafe": "yes"}))
+
+
+@case("a prompt with a tag of the chat format", 1, "asked.jsonl:1", "messages[0].content", "[/INST]")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, json.dumps({"messages": [{"role": "user", "content": "a [/INST] b"}]}))
+
+
+@case("no prompt in a file", 1, "asked.jsonl", "no prompt")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, "")
+
+
+@case("a file of prompts that is not there", 1, "nowhere.jsonl", "no such file")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, more=("--prompts", f"{kit}/nowhere.jsonl"))
+
+
+@case("a prompt as long as the context", 1, "asked.jsonl:2", "the context of the model is 64", "--skip-long")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, json.dumps({"messages": [{"role": "user", "content": "the fox " * 60}]}))
+
+
+@case("a prompt too long for a reward model", 1, "asked.jsonl:1", "the context of the model is 12", "--skip-long")
+def _(kit: Path) -> list[str]:
+    short = reward_model(kit, "short", max_position_embeddings=12)
+    return ppo(kit, PROMPT, more=("--rm-safe", short))
+
+
+@case("prompts of which all are held out", 1, "--heldout", "no prompt")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--heldout", "0.5"))
+
+
+@case("a share of prompts above 1", 2, "--heldout", "between 0 and 1")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--heldout", "1.5"))
+
+
+@case("a source of prompts with a bad weight", 2, "--prompts", "positive number")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, more=("--prompts", records(kit, "asked.jsonl", PROMPT) + ":-1"))
+
+
+@case("two sources of prompts of one name", 2, "--prompts", '"asked"')
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--prompts", f"{kit}/asked.jsonl"))
+
+
+@case("a reward model as the policy", 1, "rm/config.json", "LlamaForSequenceClassification")
+def _(kit: Path) -> list[str]:
+    reward_model(kit, "rm")
+    return ppo(kit, PROMPT, policy="rm")
+
+
+@case("a language model as a reward model", 1, "ck/config.json", "LlamaForCausalLM")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--rm-safe", f"{kit}/ck"))
+
+
+@case("a policy that is not there", 1, "nothing")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, policy="nothing")
+
+
+@case("a value model of another tokenizer", 2, "--value-init", "another tokenizer")
+def _(kit: Path) -> list[str]:
+    from llama2cli.text.tokenizer import train
+
+    (kit / "other.model").write_bytes(train(["a fox and a dog"] * 50, 290))
+    other = reward_model(kit, "other", tokenizer=kit / "other.model")
+    return ppo(kit, PROMPT, more=("--value-init", other))
+
+
+@case("a value model that is not there", 1, "hepl")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--value-init", "hepl"))
+
+
+@case("a value model like a reward model that is not named", 2, "--value-init", "no --rm-safe")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--value-init", "safe"))
+
+
+@case("a value head that starts as a model", 2, "--value-init", "--value head")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--value", "head", "--value-init", "help"))
+
+
+@case("a rate of a value head", 2, "--value-lr", "--value head")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--value", "head", "--value-lr", "1e-5"))
+
+
+@case("no reward model", 2, "--rm-help, --rm-safe or both")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, rm=False)
+
+
+@case("a mini-batch above the batch", 2, "--mini-batch", "3", "2")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--mini-batch", "3"))
+
+
+@case("a judge with nothing to judge", 2, "--judge", "--heldout")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--judge", reward_model(kit, "rm")))
+
+
+@case("measurements of nothing", 2, "--eval-every", "--heldout")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--eval-every", "1"))
+
+
+@case("greedy answers to learn from", 2, "--temperature", "0.01")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--temperature", "0"))
+
+
+@case("answers of the likeliest tokens to learn from", 2, "--top-p")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--top-p", "0.9"))
+
+
+@case("an estimator that is none", 2, "--kl", "k1", "exact")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--kl", "k4"))
+
+
+@case("PPO in fp16", 2, "--dtype", "bf16 or fp32")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--dtype", "fp16"))
+
+
+@case("a warm-up longer than the run of PPO", 2, "--warmup", "never be reached")
+def _(kit: Path) -> list[str]:
+    return ppo(kit, PROMPT, more=("--warmup", "5"))
+
+
+@case("a run folder of PPO that is there", 2, "earlier", "--resume")
+def _(kit: Path) -> list[str]:
+    return [*ppo(kit, PROMPT), "-o", f"{kit}/earlier"]
+
+
+@case("a folder that is no run of PPO", 2, "earlier", "settings.json")
+def _(kit: Path) -> list[str]:
+    return [*ppo(kit, PROMPT), "-o", f"{kit}/earlier", "--resume"]
+
+
+@case("a policy of damaged weights", 1, "not finite")
+def _(kit: Path) -> list[str]:
+    path, table, data = weights(kit)
+    start, stop = table["model.norm.weight"]["data_offsets"]
+    tensors(path, table, data[:start] + np.full((stop - start) // 4, 3e38, np.float32).tobytes() + data[stop:])
+    return ppo(kit, PROMPT)
+
+
 # --- Ghost Attention ----------------------------------------------------------------------------------------------
 
 RULE = {"kind": "figure", "instruction": "Act as Napoleon."}

@@ -164,6 +164,28 @@ def test_stages_go_on_from_a_run(run: Path, kit: Path, tmp_path: Path) -> None:
     assert "iterations of PPO (6 answers)" in text and "text-generation" in text
 
 
+def test_what_is_no_reward_model_is_refused_before_there_is_a_run(
+    kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ([], ["--dry-run"]):
+        code, err = fails(capsys, [*args(kit, rm_safe=f"{kit}/lm"), *more, "-o", tmp_path / "run"])
+        assert code == 1 and "lm/config.json" in err and not (tmp_path / "run").exists()
+
+
+def test_prompts_must_come_from_somewhere(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file and no pipe; a pipe for several processes."""
+    from llama2cli.errors import Misuse
+    from llama2cli.training.examples import parse_sources
+
+    monkeypatch.setattr(sys, "stdin", None)
+    code, err = fails(capsys, [*args(kit, prompts=[]), "-o", tmp_path / "run"])
+    assert code == 2 and "--prompts: no data" in err
+    with pytest.raises(Misuse, match="stdin reaches one process, and there are 2"):
+        parse_sources(["-"], 2, "--prompts")
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 

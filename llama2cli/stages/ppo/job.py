@@ -12,7 +12,7 @@ from typing import Any
 from llama2cli import provenance
 from llama2cli.errors import DataError, Misuse
 from llama2cli.nn import budget, checkpoint
-from llama2cli.nn.config import ModelConfig
+from llama2cli.nn.config import SCORER, ModelConfig
 from llama2cli.rlhf import ppo
 from llama2cli.rlhf.credit import Terms
 from llama2cli.sampling.samples import Tally, fits, with_system
@@ -182,7 +182,7 @@ def read(
     """Read files into the store: a part for each. A prompt that leaves no room for an answer is an error."""
     readers = {start.tokenizer.sha256: (start.tokenizer, start.context)}  # by tokenizer, the shortest context
     for folder in scorers.values():
-        tokenizer, context = Tokenizer.load(folder), checkpoint.load_config(folder, None).max_position_embeddings
+        tokenizer, context = Tokenizer.load(folder), checkpoint.load_config(folder, SCORER).max_position_embeddings
         other, shortest = readers.get(tokenizer.sha256, (tokenizer, context))
         readers[tokenizer.sha256] = other, min(shortest, context)
     tally, parts = Tally(), []
