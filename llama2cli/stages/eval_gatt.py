@@ -221,7 +221,8 @@ def run(settings: Settings) -> None:
     constraints = read_constraints(settings)
     trained = read_trained(settings)
     sampling = [settle_sampling_of(path, settings) for path in settings.model]
-    asked = some(planned(settings, names, constraints), settings.files, "dialogues with an instruction")
+    what = "dialogues with an instruction that can be judged" + ("" if constraints else "; give --constraints")
+    asked = some(planned(settings, names, constraints), settings.files, what)
     if settings.provenance:
         inputs = [*settings.files, *settings.constraints, *settings.trained, *weights]
         provenance.write(settings.provenance, settings, [*inputs, *([settings.judge] if settings.judge else [])])
@@ -678,6 +679,8 @@ def report(found: dict[str, Found], tallies: Sequence[Tally], sampling: Sequence
         for name, a in attention.items():
             console.say(f"{name}: what each answer of a dialogue attends to (i instruction, u user, a answer)")
             console.say("\n".join(gatt.picture(a)) + "\n")
+        if not attention:
+            console.say("")
     for (name, f), tally, s in zip(found.items(), tallies, sampling, strict=True):
         times = f" answered {f.rolled:,} times" if f.rolled > f.dialogues else ""
         parts = [f"{name}: {f.dialogues:,} dialogues{times}, {f.answers:,} answers judged"]

@@ -555,7 +555,7 @@ def test_misuse_is_one_line(run, flags, complaint):
         ([DIALOGUES[0], {"messages": [{"role": "bot", "content": "x"}]}], WORDS, "in.jsonl:2: messages[0].role"),
         ([dialogue(1, constraint="say fox")], None, "in.jsonl:1:constraint: expected an object"),
         ([dialogue(1, constraint=checked(regx="a"))], None, "in.jsonl:1:constraint: check: expected one of"),
-        ([dialogue(1)], None, "holds no dialogues with an instruction"),
+        ([dialogue(1)], None, "holds no dialogues with an instruction that can be judged; give --constraints"),
         (DIALOGUES, [checked(regex="(?:.|.|.|.|.|.|.|.)*!")], "takes more than 0.02 s"),
     ],
 )
