@@ -6,8 +6,8 @@ with, so:
 
 1. Shapes are rounded up to buckets. Rows to 1, 2, 4, 8, 16, 32, 64, 96, ...; the others are rows of the cache that
    nobody uses, of length 0. Keys to multiples of 256, up to the cache's size; those behind a row's last are masked.
-   A bucket is recorded when it comes for the second time: the first time is an ordinary step, which also is what makes
-   libraries and compilers ready to be recorded.
+   The first ORDINARY steps of a bucket are not recorded: as many as a recording costs, at the end of the work a bucket
+   comes and goes; and libraries and compilers must have run once before they can be recorded.
 2. What was recorded lives and dies with its cache, and is forgotten when the weights were prepared anew. Weights that
    moved in place or are in new memory are seen at the next call of the engine; no answer of one call is computed with
    the weights of another.
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -39,7 +40,8 @@ from llama2cli.sampling.decode import Decoder, layer_of
 FORMS = ("plain", "graphs", "compiled")
 VARIABLE = "LLAMA2_DECODE"
 COMPILE_STEPS = 1000
-ROWS, KEYS = 32, 256  # above the powers of two that are smaller, buckets are multiples of these
+ROWS, KEYS = 32, 256  # rows above the powers of two up to this, and keys, come in multiples of these
+ORDINARY = 3
 
 Replay = Callable[[], object]
 Recorder = Callable[[Callable[[], object]], Replay]  # runs the work, and gives what runs it again
@@ -87,7 +89,8 @@ class Steps:
         self.ids_R = torch.zeros(rows, dtype=torch.long, device=device)
         self.lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
         self.logits_RV: Tensor | None = None
-        self.recorded: dict[tuple[int, int], Replay | None] = {}
+        self.recorded: dict[tuple[int, int], Replay] = {}
+        self.ordinary: Counter[tuple[int, int]] = Counter()  # steps of a bucket that were not recorded
         self.recorder = recorder
 
     def run(self, n: int, longest: int) -> Tensor:
@@ -98,15 +101,15 @@ class Steps:
         if self.form == "plain":
             return self.decoder.step(self.ids_R[:n], self.cache, self.lengths_R[:n], longest)
         if self.prepared is not self.decoder.prepared:  # what was recorded reads memory that may be gone
-            self.recorded.clear()
+            self.forget()
             self.prepared = self.decoder.prepared
         key = row_bucket(n, len(self.ids_R)), key_bucket(longest + 1, self.cache.size)
         try:
-            if key not in self.recorded:
+            if self.ordinary[key] < ORDINARY:
                 logits = self.static(*key)
-                self.recorded[key] = None
+                self.ordinary[key] += 1
                 return logits[:n]
-            replay = self.recorded[key] or self.record(*key)
+            replay = self.recorded.get(key) or self.record(*key)
         except Exception as error:  # a step can be done again: it writes the same into the same places
             self.fall_back(error)
             return self.run(n, longest)
@@ -138,7 +141,12 @@ class Steps:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         console.warn(f"decoding takes the form {simpler!r}, {self.form!r} failed ({why})")
         self.form = simpler
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go what was recorded; it is done anew when it comes again."""
         self.recorded.clear()
+        self.ordinary.clear()
 
 
 def whole(size: int, form: str) -> int:

@@ -385,7 +385,10 @@ def test_a_step_equals_the_model(kv_heads, dtype):
             assert torch.equal(ours[:, row, :, :n], theirs[:, row, :, :n])
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a torch without oneDNN's operator")
+ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@pytest.mark.skipif(not ONEDNN, reason="a torch without oneDNN's operator")
 def test_weights_in_onednn_layout_give_the_same(monkeypatch):
     model, plain = make(2), Decoder(make(2), 8)
     monkeypatch.setattr(decode.ops, "choices", lambda: {"mode": "auto", "picks": {"matmul.fp32": "fast"}})
@@ -415,7 +418,14 @@ def test_a_step_leaves_the_process_as_it_was():
         matmul.fp32_precision = before
 
 
-def test_weights_that_were_trained_on_are_noticed():
+@pytest.mark.parametrize("copied", [False, True])
+def test_weights_that_were_trained_on_are_noticed(monkeypatch, copied):
+    """Also where steps read a copy of the weights in another layout."""
+    if copied and not ONEDNN:
+        pytest.skip("a torch without oneDNN's operator")
+    if copied:
+        monkeypatch.setattr(decode.ops, "choices", lambda: {"mode": "auto", "picks": {"matmul.fp32": "fast"}})
+        monkeypatch.setattr(decode, "WORTH", 0)
     model = make()
     engine = Engine(model, Ends())
     asked, params = prompts(3), [SampleParams(10, 0)] * 3

@@ -83,6 +83,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small buckets, and a process in which nothing has failed."""
     monkeypatch.setattr(graphs, "KEYS", 16)
     monkeypatch.setattr(graphs, "ROWS", 4)
+    monkeypatch.setattr(graphs, "ORDINARY", 1)
     monkeypatch.setattr(graphs, "_failed", set())
 
 
@@ -210,9 +211,11 @@ def test_answers_are_the_same(tapes, kv_heads, rows):
     assert {r.truncated for r in got} == {True, False}
 
 
-def test_a_bucket_is_recorded_when_it_comes_again(tapes, monkeypatch):
+@pytest.mark.parametrize("ordinary", [1, 3])
+def test_a_bucket_is_recorded_when_it_comes_again(tapes, monkeypatch, ordinary):
     steps: list[tuple[int, int]] = []
     step = Decoder.step
+    monkeypatch.setattr(graphs, "ORDINARY", ordinary)
     monkeypatch.setattr(
         Decoder,
         "step",
@@ -221,9 +224,11 @@ def test_a_bucket_is_recorded_when_it_comes_again(tapes, monkeypatch):
     model = make()
     with torch.no_grad():
         model.head[EOS] = 0  # no answer ends by itself
-    Engine(model, Ends(), rows=8).generate([[1, 5 + i] for i in range(8)], [SampleParams(40, 0)] * 8)
-    assert steps == [(8, 15), (8, 15), (8, 31), (8, 31), (8, 47), (8, 47)], "once as it is, once for the tape"
-    assert [t.played for t in tapes] == [13, 15, 8]
+    params = [SampleParams(40 if i < 7 else 39, 0) for i in range(8)]
+    Engine(model, Ends(), rows=8).generate([[1, 5 + i] for i in range(8)], params)
+    each = ordinary + 1  # as it is, and once for the tape
+    assert steps == [(8, 15)] * each + [(8, 31)] * each + [(8, 47)] * each, "the last step, of 7 rows, takes 8 too"
+    assert [t.played for t in tapes] == [14 - ordinary, 16 - ordinary, 9 - ordinary]
 
 
 def test_nothing_is_read_before_the_next_step_was_launched(tapes, monkeypatch):
@@ -337,7 +342,7 @@ def test_what_was_recorded_reads_the_weights_where_they_are(small):
         assert torch.allclose(got, Steps(Decoder(other, 2), cache).run(2, 3), rtol=1e-4, atol=1e-4)
         decoder.refresh()
         steps.run(2, 3)
-        assert list(steps.recorded.values()) == [None] and made[0].played == 2
+        assert not steps.recorded and made[0].played == 2
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
