@@ -39,6 +39,7 @@ def ppo_memory(
     tokens: int,
     cache_bytes: int,
     prompt_tokens: int = 0,
+    scored_tokens: int | None = None,
     gpus: int = 1,
     compute_bytes: int = 4,
     offload: bool = False,
@@ -47,8 +48,9 @@ def ppo_memory(
     """Bytes per device of PPO.
 
     value: the value model's shape, None for a head on the policy's trunk. frozen: by role; each is whole on every
-    device. tokens: of a micro-batch. cache_bytes: of the keys and values while answers are sampled. prompt_tokens: of the
-    prompts that are run at once before that. offload: what only reads rests in host memory between its phases.
+    device. tokens: of a micro-batch; scored_tokens: of what a reward model reads at once, where these are others.
+    cache_bytes: of the keys and values while answers are sampled. prompt_tokens: of the prompts that are run at once
+    before that. offload: what only reads rests in host memory between its phases.
 
     What trains has weights and moments all the time, gradients and activations while it is updated, one model after the
     other. Answers are sampled with a whole copy of the policy, unless the weights are whole and in the type already.
@@ -65,15 +67,16 @@ def ppo_memory(
     rest = {name: m.parameters + m.optimizer for name, m in trains.items()}
     work = {name: m.total - rest[name] for name, m in trains.items()}
     still = {name: budget.n_params(f.config, scorer=f.scorer) * f.number_bytes for name, f in frozen.items()}
-    reading = {
-        name: budget.activation_bytes_per_token(f.config, f.number_bytes) * tokens
-        + budget.head_bytes(f.config, tokens, f.number_bytes, scorer=True)
+    scored = tokens if scored_tokens is None else scored_tokens
+    reads: list[float] = [
+        still[name] * offload + read_bytes(f.config, scored if f.scorer else tokens, f.number_bytes)
         for name, f in frozen.items()
-    }
+    ]
+    shapes = [policy] if value is None else [policy, value]
+    reads += [m.gathered + read_bytes(c, tokens, compute_bytes) for m, c in zip(trains.values(), shapes)]
     copy = 0 if gpus == 1 and compute_bytes == 4 else budget.n_params(policy) * compute_bytes
     begin = budget.activation_bytes_per_token(policy, compute_bytes) * prompt_tokens
     always = sum(rest.values()) + (0 if offload else sum(still.values()))
-    away = [still[name] * offload + reading[name] for name in frozen]
     return Held(
         roles={
             **{name: m.total for name, m in trains.items()},
@@ -83,7 +86,13 @@ def ppo_memory(
         },
         phases={
             "rollout": always + copy + cache_bytes + begin,
-            "scoring": always + max(away, default=0),
+            "scoring": always + max(reads),
             "update": always + max(work.values()),
         },
     )
+
+
+def read_bytes(config: ModelConfig, tokens: int, number_bytes: int) -> int:
+    """Bytes of a forward pass that nothing is kept of: one layer at work, and the states at the end."""
+    layer = budget.activation_bytes_per_token(config, number_bytes) * tokens
+    return layer + budget.head_bytes(config, tokens, number_bytes, scorer=True)

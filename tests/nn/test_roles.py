@@ -97,5 +97,12 @@ def test_roles_may_differ_in_size() -> None:
     held = ppo_memory(large, SMALL, frozen, tokens=1024, cache_bytes=0, compute_bytes=2)
     assert held.roles["help"] == 4 * budget.n_params(SMALL, scorer=True)
     assert held.roles["value model"] < held.roles["policy"] / 50
-    nothing = ppo_memory(large, None, {}, tokens=1024, cache_bytes=0, compute_bytes=2)
-    assert nothing.phases["scoring"] == 12 * N
+
+
+def test_what_is_scored_at_once_counts_for_reward_models_alone() -> None:
+    one, two = of(offload=True, scored_tokens=2**18), of(offload=True, scored_tokens=2**19)
+    more = two.phases["scoring"] - one.phases["scoring"]
+    states = 4096 * (8 + 2 * 2)  # of a token: the norm's input and output in fp32, the state and its gradient
+    assert more == 2**18 * (budget.activation_bytes_per_token(SEVEN, 2) + states)
+    assert one.phases["rollout"] == two.phases["rollout"] and one.phases["update"] == two.phases["update"]
+    assert of(scored_tokens=4096).phases == of().phases

@@ -5,6 +5,7 @@ Its numbers are derived a second time in test_ppo_numbers.py.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -13,12 +14,15 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -27,6 +31,7 @@ import resume_harness as harness
 from ppo_kit import given, line, metrics
 
 from llama2cli import cli
+from llama2cli.training.answers import Answers
 
 ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 HELD = {"heldout": "0.3", "eval_every": 1, "patience": 0}
@@ -536,6 +541,129 @@ def test_refused_with_the_arithmetic(
     assert dry(capsys, args(kit))["memory"]["peak"] == peak
     monkeypatch.setattr(memory, "available", lambda world: peak)
     train(tmp_path / "run", args(kit, steps=1))
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that were alive at one time, with those that were there before.
+
+    torch's MemTracker gives up where a module runs twice without a step, as it does when answers are sampled.
+    """
+
+    def __init__(self, before: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+        for tensor in before:
+            self.see(tensor)
+
+    def see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, storage._cdata)
+
+    def gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
+        return out
+
+
+@pytest.fixture(scope="module")
+def large(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same models, 256 wide: what trains weighs more than what is beside it."""
+    from llama2cli.nn import checkpoint
+    from llama2cli.nn.config import ModelConfig
+    from llama2cli.nn.model import Llama
+    from llama2cli.text.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("large")
+    tokenizer = Tokenizer.load(kit / "tok.model")
+    for name in ("lm", "rm-help", "rm-safe"):
+        model = Llama(ModelConfig(tokenizer.vocab_size, 256, 512, 4, 4, 2, 256), scorer=name != "lm")
+        model.init_weights(1)
+        (folder / name).mkdir()
+        checkpoint.save_model(folder / name, model, tokenizer)
+    shutil.copy(kit / "prompts.jsonl", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"value": "head"}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "bf16", "frozen_dtype": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+    ids=["separate", "head", "bf16", "checkpointing"],
+)
+def test_memory_is_what_a_run_holds(large: Path, changes: dict[str, Any]) -> None:
+    """The update within 10% of the peak, as other stages' training is; of rollout and scoring, which are bounded from
+    above, no less than 95% and no more than 140%."""
+    from llama2cli.nn import ops
+    from llama2cli.rlhf.ppo import Moments
+    from llama2cli.stages import ppo
+    from llama2cli.stages.ppo import lesson, memory, rollout
+    from llama2cli.stages.ppo.job import prepare
+    from llama2cli.stages.ppo.roles import load
+    from llama2cli.training.dist import World
+    from llama2cli.training.signals import Stop
+
+    ops.force("plain")
+    sizes: dict[str, Any] = {"batch_size": 12, "mini_batch": 6, "max_new_tokens": 16, "micro_tokens": 512}
+    job = prepare(ppo.Settings(**given(large, out="run", **sizes, **changes)), World(0, 1, torch.device("cpu")))
+    roles = load(job, None)
+    ops.force("plain")
+    chosen = list(range(12))
+    answered = rollout.roll_out(job, roles, chosen, chosen, {}, Stop())
+    learned = lesson.credit_answers(job, answered, Moments())
+    lesson.update(job, roles, answered, learned, 1)  # from here on there are moments
+    widest = 0
+
+    def micro(self: Any, *a: Any) -> Any:
+        nonlocal widest
+        found = whole(self, *a)
+        widest = max(widest, *(args["ids_BT"].numel() for args, _ in found))
+        return found
+
+    learners = [roles.policy, *([roles.value] if roles.value else [])]
+    before = [p for who in learners for p in who.model.parameters()]
+    before += [t for who in learners for of in who.optimizer.state.values() for t in of.values()]
+    before += [p for model in (roles.reference.model, *roles.judges) for p in model.parameters()]
+
+    def peak(work: Callable[[], object]) -> int:
+        with Peak(before) as tracked:
+            work()
+        return tracked.peak
+
+    def score() -> None:
+        rollout.read_learners(job, roles, answered.answers, answered.logprobs_M, values=True)
+        job.rows.read(roles.reference, answered.answers, torch.float32, k=2)
+        records = [job.prompts.records[i] for i in chosen]
+        places = [job.prompts.places[i] for i in chosen]
+        for scorer in roles.scorers.values():
+            rollout.score_answers(scorer, records, answered.texts, [False] * 12, places)
+
+    prompts = [job.prompts.ids[i].tolist() for i in chosen]
+    found = {
+        "rollout": peak(lambda: rollout.sample(job, roles, prompts, chosen, lambda _: None)),
+        "scoring": peak(score),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Answers.micro
+        patch.setattr(Answers, "micro", micro)
+        found["update"] = peak(lambda: lesson.update(job, roles, answered, learned, 2))
+    told = memory.of(dataclasses.replace(job, resolved={**job.resolved, "micro_tokens": widest})).phases
+    assert told["update"] == pytest.approx(found["update"], rel=0.1)
+    for phase in ("rollout", "scoring"):
+        assert 0.95 * found[phase] < told[phase] < 1.4 * found[phase], (phase, told[phase] / found[phase])
 
 
 def test_offload_changes_no_number(kit: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from llama2cli.errors import Misuse
 from llama2cli.nn import budget, checkpoint
 from llama2cli.nn.roles import Frozen, Held, ppo_memory
 from llama2cli.sampling.engine import CACHE_BYTES, PREFILL_TOKENS
+from llama2cli.sampling.scoring import BATCH_TOKENS
 from llama2cli.stages.ppo.job import Job
 from llama2cli.training.dist import World
 
@@ -36,6 +37,7 @@ def of(job: Job) -> Held:
         tokens=job.resolved["micro_tokens"],
         cache_bytes=min(CACHE_BYTES, budget.kv_cache_bytes(config, rows * size, compute_bytes=compute)),
         prompt_tokens=min(PREFILL_TOKENS, rows * longest),
+        scored_tokens=min(BATCH_TOKENS[world.device.type], -(-settings.batch_size // world.size) * size),
         gpus=world.size,
         compute_bytes=compute,
         offload=settings.offload and world.device.type != "cpu",
