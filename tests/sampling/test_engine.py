@@ -193,8 +193,8 @@ def test_samples_have_the_frequencies_of_the_softmax(kv_heads):
     k = len(expected) - 1
     assert k > 30
     statistic = ((observed - expected) ** 2 / expected).sum()
-    # Wilson-Hilferty: the bound that chance passes once in a million
-    assert statistic < k * (1 - 2 / (9 * k) + 4.75 * (2 / (9 * k)) ** 0.5) ** 3
+    # Wilson-Hilferty: the bound that chance passes once in a thousand (the numbers are the same in every run)
+    assert statistic < k * (1 - 2 / (9 * k) + 3.09 * (2 / (9 * k)) ** 0.5) ** 3
 
 
 def test_samples_of_one_prompt_are_prefilled_once(monkeypatch):
