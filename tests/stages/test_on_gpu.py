@@ -273,3 +273,63 @@ def test_commands_in_each_form(home: Path, monkeypatch: pytest.MonkeyPatch, form
         run("generate", *fixed, "--device", device, "-o", str(out), f"{home}/q.jsonl")
         texts.append([json.loads(line)["completion"] for line in out.read_text().splitlines()])
     assert texts[0] == texts[1]
+
+
+# --- PPO ----------------------------------------------------------------------------------------------------------
+
+
+def ppo(home: Path, out: str, *more: str) -> list[dict[str, float]]:
+    """Three iterations on models of the kit beside this file; the metrics by step."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    import ppo_kit
+
+    if not (home / "ppo").exists():
+        ppo_kit.write(home / "ppo")
+    given = ppo_kit.given(home / "ppo", steps=3, batch_size=8, max_new_tokens=12, lr=1e-4, heldout="0.3")
+    run(*ppo_kit.line(given), "-o", f"{home}/{out}", *more)
+    return ppo_kit.metrics(home / out)
+
+
+@pytest.mark.parametrize("value", ["separate", "head"])
+def test_ppo_follows_the_cpu(home: Path, value: str) -> None:
+    """fp32 on the device draws the answers of the CPU and learns from them as it does; bf16 begins near them."""
+    cpu = ppo(home, f"ppo-cpu-{value}", "--device", "cpu", "--dtype", "fp32", "--value", value)
+    fixed = ["--device", DEVICE, "--value", value]
+    here = ppo(home, f"ppo-fp32-{value}", *fixed, "--dtype", "fp32", "--frozen-dtype", "fp32")
+    for ours, theirs in zip(here[1:], cpu[1:], strict=True):
+        assert (ours["length"], ours["truncated"]) == (theirs["length"], theirs["truncated"])
+        for key in ("reward", "kl", "entropy", "policy_loss", "value_loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-3, abs=2e-4), (ours["step"], key)
+        assert ours["ratio_gap"] < 1e-4
+    rough = ppo(home, f"ppo-bf16-{value}", *fixed, "--dtype", "bf16")
+    assert rough[1]["entropy"] == pytest.approx(cpu[1]["entropy"], rel=0.1)
+    assert rough[1]["ratio_gap"] < 0.05 and abs(rough[1]["kl"]) < 0.5
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--offload"], ["--value", "head", "--whiten", "running", "--save-dtype", "bf16"]]
+)
+def test_a_resumed_run_of_ppo_is_the_same(home: Path, more: list[str]) -> None:
+    """A run that lost its last step ends with the same bytes, of the value model too."""
+    name = f"ppo-resumed{len(more)}"
+    before = ppo(home, name, "--device", DEVICE, *more)
+    last = home / name / "step-000003"
+    whole = {p.relative_to(last): load_file(p) for p in sorted(last.rglob("*.safetensors"))}
+    last.rename(home / f"{name}-old")
+    (home / name / "latest").write_text("step-000002\n")
+    assert ppo(home, name, "--device", DEVICE, "--resume", *more) == before
+    for path, tensors in whole.items():
+        again = load_file(last / path)
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(tensors[k], again[k]) for k in tensors if not k.startswith("random.")), path
+
+
+def test_ppo_with_compiled_layers(home: Path) -> None:
+    """--compile gives the numbers of the same run without it, whose answers are sampled from the same layers."""
+    fixed = ["--device", DEVICE, "--dtype", "fp32"]
+    plain, compiled = ppo(home, "ppo-plain", *fixed), ppo(home, "ppo-compiled", *fixed, "--compile")
+    for ours, theirs in zip(compiled[1:], plain[1:], strict=True):
+        assert ours["length"] == theirs["length"]
+        assert ours["policy_loss"] == pytest.approx(theirs["policy_loss"], rel=2e-3, abs=2e-4)
