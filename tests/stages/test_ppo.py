@@ -191,6 +191,81 @@ def test_prompts_must_come_from_somewhere(
         parse_sources(["-"], 2, "--prompts")
 
 
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def rolled(kit: Path, n: int, **changes: Any) -> tuple[Any, Any]:
+    """(the job, its first n answers)."""
+    from llama2cli.stages import ppo
+    from llama2cli.stages.ppo.job import prepare
+    from llama2cli.stages.ppo.roles import load
+    from llama2cli.stages.ppo.rollout import roll_out
+    from llama2cli.training.dist import World
+    from llama2cli.training.signals import Stop
+
+    job = prepare(ppo.Settings(**given(kit, out="run", **changes)), World(0, 1, torch.device("cpu")))
+    chosen = [i % len(job.prompts.ids) for i in range(n)]
+    return job, roll_out(job, load(job, None), chosen, range(n), {}, Stop())
+
+
+def test_a_prompt_that_comes_again_is_answered_anew(kit: Path, tmp_path: Path) -> None:
+    """Every answer of a run takes random numbers of its own; so do runs of other seeds."""
+    one = ppo_kit.write_lines(tmp_path / "one.jsonl", [ppo_kit.prompt(1)])
+    _, found = rolled(kit, 12, prompts=[str(one)], rm_safe=None)
+    assert len(set(found.texts)) > 6
+    _, other = rolled(kit, 12, prompts=[str(one)], rm_safe=None, seed=8)
+    assert found.texts != other.texts
+    ids = [m["seen"] for m in metrics(train(tmp_path / "run", args(kit, prompts=str(one), steps=3, lr=0)))]
+    told = [m["reward"] for m in metrics(tmp_path / "run")]
+    assert ids == [6, 12, 18] and len(set(told)) == 3  # the same policy, the same prompt
+
+
+def test_a_system_prompt_where_there_is_no_other(kit: Path, tmp_path: Path) -> None:
+    """--system is what a system message of the record is: to the policy and to the reward models."""
+    records = [ppo_kit.prompt(i) for i in range(6)]
+    for record in records:
+        if record["messages"][0]["role"] != "system":
+            record["messages"].insert(0, {"role": "system", "content": "be bold"})
+    written = ppo_kit.write_lines(tmp_path / "prompts.jsonl", records)
+    plain = ppo_kit.write_lines(tmp_path / "plain.jsonl", [ppo_kit.prompt(i) for i in range(6)])
+    (_, one), (_, two) = (
+        rolled(kit, 6, prompts=[str(written)]),
+        rolled(kit, 6, prompts=[str(plain)], system="be bold"),
+    )
+    assert one.answers.prompts == two.answers.prompts and one.texts == two.texts
+    assert all(torch.equal(one.table[k], two.table[k]) for k in one.table)
+
+
+def test_lines_of_text_are_prompts(kit: Path, tmp_path: Path) -> None:
+    texts = [f"what did {w} see?" for w in ("fox", "wolf", "bear")]
+    (tmp_path / "prompts.txt").write_text("".join(t + "\n" for t in texts))
+    written = ppo_kit.write_lines(tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": t}]} for t in texts])
+    (_, one), (_, two) = (
+        rolled(kit, 3, prompts=[str(tmp_path / "prompts.txt")], text=True),
+        rolled(kit, 3, prompts=[str(written)]),
+    )
+    assert one.answers.prompts == two.answers.prompts and one.texts == two.texts
+
+
+def test_answers_end_with_the_context(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it is shorter than --max-new-tokens allows, they are cut; prompts that fill it are left out, and told."""
+    capsys.readouterr()
+    job, found = rolled(kit, 13, context=45, skip_long=True, max_new_tokens=60)
+    sizes = [len(p) + len(a) for p, a in zip(found.answers.prompts, found.answers.answers)]
+    cut = found.table["cut"].tolist()
+    assert max(sizes) == 45 and len(job.prompts.ids) < 13
+    for size, was_cut, answer in zip(sizes, cut, found.answers.answers):
+        assert was_cut == (answer[-1] != 2) and (size == 45 or len(answer) == 60 or not was_cut)
+    assert "left out" in capsys.readouterr().err
+
+
+def test_sources_are_read_by_their_weight(kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ppo_kit.write_lines(tmp_path / "few.jsonl", [ppo_kit.prompt(i) for i in range(20, 24)])
+    sources = [f"a={kit}/prompts.jsonl:0.5", f"b={few}:3"]
+    told = dry(capsys, args(kit, prompts=sources))["resolved"]["prompts"]
+    assert [(p["name"], p["examples"], p["weight"]) for p in told] == [("a", 13, 0.5), ("b", 4, 3.0)]
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
