@@ -139,6 +139,8 @@ class Derived:
                     self.value.score.weight.copy_(new_head)
             else:
                 self.value = scorer(kit / f"rm-{start}")
+            if settings.get("value_score", "zero") == "zero":
+                torch.nn.init.zeros_(self.value.score.weight)
             self.value_optimizer = optimizer(self.value, [], settings.get("value_lr", 3 * settings["lr"]))
         self.seen_rewards: list[float] = []
 
@@ -282,10 +284,32 @@ class Derived:
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {},
     "paper, head": {"value": "head"},
-    "warm": {"temperature": 1.3, "kl": "k3", "gamma": 0.9, "lam": 0.7, "value_init": "policy", "value_lr": 2e-3},
+    "warm": {
+        "temperature": 1.3,
+        "kl": "k3",
+        "gamma": 0.9,
+        "lam": 0.7,
+        "value_init": "policy",
+        "value_lr": 2e-3,
+        "value_score": "kept",
+    },
     "answer": {"value": "head", "kl": "k2", "kl_per": "answer", "beta": 0.5, "whiten": "running", "value_clip": 0.01},
-    "exact": {"kl": "exact", "beta": 0.3, "whiten_mean": False, "value_init": "safe", "old_logprobs": "recomputed"},
-    "passes": {"ppo_epochs": 2, "clip_ratio": 0.05, "reward_clip": 0.5, "cut_penalty": 0.7, "whiten_advantages": True},
+    "exact": {
+        "kl": "exact",
+        "beta": 0.3,
+        "whiten_mean": False,
+        "value_init": "safe",
+        "value_score": "kept",
+        "old_logprobs": "recomputed",
+    },
+    "passes": {
+        "value_score": "kept",
+        "ppo_epochs": 2,
+        "clip_ratio": 0.05,
+        "reward_clip": 0.5,
+        "cut_penalty": 0.7,
+        "whiten_advantages": True,
+    },
     "one": {"rm_safe": None, "whiten": "none", "value": "head", "temperature": 0.7, "value_weight": 0.5},
     "small": {"micro_tokens": 1, "kl": "exact", "temperature": 1.3, "beta": 0.1},
 }

@@ -1,8 +1,9 @@
 """`llama2 ppo`: proximal policy optimization by the recipe of section 3.2.3.
 
 Choices that the paper leaves open, beside those at the top of `rlhf/ppo.py`:
-1. The value model is a model of its own that starts as the helpfulness reward model, head and all; it learns at three
-   times the policy's rate. --value head puts a head on the policy's trunk, which starts as 0.
+1. The value model is a model of its own that starts as the helpfulness reward model; it learns at three times the
+   policy's rate. Its head starts as 0, for the scores of a reward model are of another scale than whitened rewards, and
+   what explains nothing misleads. --value head puts a head on the policy's trunk.
 2. Answers are drawn at temperature 1, at most 512 tokens, never with top-k or top-p: policy and reference are compared
    under the distribution that was drawn from. Log-probabilities are kept from sampling where the arithmetic is fp32;
    in bf16 one forward pass gives them anew, as rounding differs.
@@ -108,6 +109,9 @@ class Settings(Training):
         help="where a value model starts (default: help; without it safe)",
         complete="checkpoint",
     )
+    value_score: Literal["zero", "kept"] = flag(
+        default="zero", help="the head that it starts with: 0, or the reward model's own, whose scale is another"
+    )
     value_lr: float | None = flag(default=None, low=0, help="its learning rate (default: 3 times --lr)")
     value_weight: float = flag(default=0.1, low=0, help="weight of its loss on a shared trunk")
     value_clip: float | None = flag(default=None, low=0, help="how far a value counts as moved (default: no clip)")
@@ -156,8 +160,9 @@ def check(settings: Settings) -> None:
         n, batch = settings.mini_batch, settings.batch_size
         raise Misuse(f"is {n}, and an iteration has {batch} answers; give both", "--mini-batch")
     if settings.value == "head":
-        for name, given in (("--value-init", settings.value_init), ("--value-lr", settings.value_lr)):
-            if given is not None:
+        given = {"--value-init": settings.value_init, "--value-lr": settings.value_lr}
+        for name, value in {**given, "--value-score": None if settings.value_score == "zero" else "kept"}.items():
+            if value is not None:
                 raise Misuse("has no meaning with --value head: it starts as 0 and learns with the trunk", name)
     for name, wanted in (("help", settings.rm_help), ("safe", settings.rm_safe)):
         if settings.value_init == name and wanted is None:

@@ -116,7 +116,16 @@ def prepare(settings: Settings, world: World) -> Job:
     )
     same = ["system", "tags", "max_new_tokens", "temperature", "rollout_rows", "mini_batch", "ppo_epochs", "clip_ratio"]
     same += ["kl", "kl_per", "whiten", "whiten_mean", "whiten_advantages", "reward_clip", "cut_penalty", "gamma", "lam"]
-    same += ["value", "value_weight", "value_clip", "old_logprobs", "frozen_dtype", "offload", "patience"]
+    same += [
+        "value",
+        "value_score",
+        "value_weight",
+        "value_clip",
+        "old_logprobs",
+        "frozen_dtype",
+        "offload",
+        "patience",
+    ]
     named_scorers = [("rm_help", "help"), ("rm_safe", "safe"), ("judge", "judge")]
     resolved = {
         **{name: getattr(settings, name) for name in same},

@@ -77,6 +77,8 @@ def load(job: Job, step_folder: Path | None) -> Roles:
             lambda model: Read(model, credit.value_sums(value_clip)),
             scorer=True,
         )
+        if step_folder is None and settings.value_score == "zero":
+            value.model.init_score(std=0.0)
     if step_folder is not None:
         rest = state.restore(step_folder, policy.named, policy.optimizer, world)
         if value is None:
