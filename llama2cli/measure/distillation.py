@@ -133,8 +133,8 @@ def add_outcome(ledger: Ledger, outcome: Outcome) -> None:
     has = bool(outcome.kept)
     ledger.mark("distill.kept", has)
     ledger.mark("distill.kept", has, task=outcome.kinds[0])
-    for name, value in outcome.groups.items():
-        ledger.mark("distill.kept", has, **{name: value})
+    for name, group in outcome.groups.items():
+        ledger.mark("distill.kept", has, **{name: group})
     for name, scores in outcome.scores.items():
         _add_means(ledger, f"distill.{name}", outcome, name)
         if len(scores[0]) > 1:

