@@ -121,6 +121,59 @@ def test_held_out_figures_are_those_of_the_saved_answers(run: Path, kit: Path) -
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
 
 
+def test_a_reward_model_of_another_tokenizer(kit: Path, tmp_path: Path) -> None:
+    """Reads the text of the answers with its own: `score` gives the same numbers."""
+    import dataclasses
+
+    from llama2cli.nn import checkpoint
+    from llama2cli.nn.model import Llama
+    from llama2cli.text.tokenizer import Tokenizer
+    from llama2cli.text.tokenizer import train as train_tokenizer
+
+    (tmp_path / "tok.model").write_bytes(train_tokenizer(["the bear near a house saw a fox"] * 50, 290))
+    tokenizer = Tokenizer.load(tmp_path / "tok.model")
+    config = dataclasses.replace(checkpoint.load_config(kit / "lm"), vocab_size=tokenizer.vocab_size)
+    other = Llama(dataclasses.replace(config, max_position_embeddings=256), scorer=True)
+    other.init_weights(5, std=0.1)
+    (tmp_path / "rm").mkdir()
+    checkpoint.save_model(tmp_path / "rm", other, tokenizer)
+    run = train(tmp_path / "run", args(kit, rm_safe=tmp_path / "rm", **HELD))
+    held = run / "step-000002/heldout.jsonl"
+    asked = ["score", "--rm-help", f"{kit}/rm-help", "--rm-safe", f"{tmp_path}/rm", "--quiet"]
+    assert cli.invoke([*asked, "-o", str(tmp_path / "scored.jsonl"), str(held)]) == 0
+    texts = (held.read_text(), (tmp_path / "scored.jsonl").read_text())
+    for ours, theirs in zip(*(map(json.loads, text.splitlines()) for text in texts), strict=True):
+        assert [ours[k] for k in ("help", "safe", "reward")] == pytest.approx(
+            [theirs[k] for k in ("help", "safe", "reward")], rel=1e-5
+        )
+
+
+def test_half_precision_begins_near(kit: Path, tmp_path: Path) -> None:
+    """The same first answers, rewards that differ by rounding, a KL of nearly 0."""
+    plain = metrics(train(tmp_path / "plain", args(kit, steps=1)))[0]
+    for name, changes in (("bf16", {"frozen_dtype": "bf16"}), ("fp16", {"frozen_dtype": "fp16"})):
+        found = metrics(train(tmp_path / name, args(kit, steps=1, **changes)))[0]
+        assert found["length"] == plain["length"] and abs(found["kl"]) < 0.1
+        assert found["reward"] == pytest.approx(plain["reward"], abs=0.1) and found["reward"] != plain["reward"]
+    mixed = metrics(train(tmp_path / "mixed", args(kit, steps=1, dtype="bf16")))[0]
+    assert mixed["entropy"] == pytest.approx(plain["entropy"], rel=0.2)  # some answers are others
+    assert mixed["ratio_gap"] < 1e-3  # probabilities before the first update come from a forward pass like its own
+
+
+def test_tags_in_an_answer_are_told(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llama2cli.stages.ppo import rollout
+
+    monkeypatch.setattr(rollout, "answer_text", lambda result, tokenizer, tags: ("fox (INST)", 1))
+    mine = args(kit, steps=1)
+    mine.remove("--quiet")
+    train(tmp_path / "run", mine)
+    err = capsys.readouterr().err
+    assert "its answer holds tags of the chat format; they are escaped" in err
+    assert "6 times: answers with tags of the chat format" in err
+
+
 def test_no_prompt_is_on_both_sides(run: Path) -> None:
     resolved = json.loads((run / "settings.json").read_text())["resolved"]
     assert [p["examples"] for p in resolved["prompts"] + resolved["heldout"]] == [10, 3]
@@ -338,6 +391,7 @@ OTHER: list[tuple[dict[str, Any], str]] = [
     ({"rm_help": "{kit}/judge"}, "--rm-help"),
     ({"judge": "{kit}/rm-help"}, "--judge"),
     ({"value_init": "safe"}, "--value-init"),
+    ({"value_score": "kept"}, "--value-score: the run has zero"),
     ({"system": "be rude"}, "--system"),
     ({"lam": 1.0}, "--lam"),
 ]
@@ -531,7 +585,7 @@ def test_patience_counts_measurements_in_a_row(kit: Path, tmp_path: Path, monkey
 def test_alarms_when_and_only_when(kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each line of the log against the rules: length beside the first iteration's, KL, held-out reward and judge."""
     bounds: dict[str, Any] = {"alarm_kl": 0.5, "alarm_length": 1.3}
-    mine = args(kit, steps=8, lr=3e-3, judge=f"{kit}/judge", **HELD, **bounds)
+    mine = args(kit, steps=8, seed=9, judge=f"{kit}/judge", **HELD, **bounds)
     mine.remove("--quiet")
     run = train(tmp_path / "run", mine)
     err = capsys.readouterr().err
@@ -768,6 +822,12 @@ def close(two: Path, one: Path, atol: float) -> None:
             assert all(float((a[k] - b[k]).abs().max()) < atol for k in b), name
 
 
+def held_answers(run: Path) -> list[str]:
+    """The held-out answers of all ranks at the last step."""
+    files = sorted((run / (run / "latest").read_text().strip()).glob("heldout*.jsonl"))
+    return sorted(json.loads(text)["messages"][-1]["content"] for f in files for text in f.read_text().splitlines())
+
+
 def check_two_ranks(kit: Path, folder: Path, *, resumed: bool = True, **changes: Any) -> None:
     """As one process does, up to rounding; resumed, to the bit."""
     mine = args(kit, steps=3, lr=1e-4, micro_tokens=100, **changes)
@@ -776,6 +836,7 @@ def check_two_ranks(kit: Path, folder: Path, *, resumed: bool = True, **changes:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1 and json.loads(done.stdout)["step"] == 3
     close(two, one, 1e-5)
+    assert held_answers(two) == held_answers(one)
     if not resumed:
         return
     before = (metrics(two), harness.tensors(two / "step-000003"))

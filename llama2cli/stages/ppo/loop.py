@@ -32,7 +32,7 @@ from llama2cli.training.run import TIMING, Run
 from llama2cli.training.signals import Stop
 from llama2cli.training.state import State
 
-HELD_ANSWERS = "heldout.jsonl"  # in a step folder: held-out answers with their scores
+HELD_ANSWERS = "heldout.jsonl"  # in a step folder: held-out answers with their scores; of rank 1 heldout-00001.jsonl
 HELDOUT_INDEX = -1  # random numbers of held-out answers: the same at every measurement, and none that training draws
 
 
@@ -249,7 +249,8 @@ class Loop:
         told = f"A Llama of {size}, after {self.at.step:,} iterations of PPO ({metrics['seen']:,} answers)."
         files = card.files(self.stages, metrics, told)
         if "heldout" in metrics and self.held_answers is not None:
-            files[HELD_ANSWERS] = samples_file(job, self.held_answers)
+            name = HELD_ANSWERS if world.first else f"heldout-{world.rank:05d}.jsonl"
+            (aside / name).write_bytes(samples_file(job, self.held_answers))
         common: Any = dict(save_dtype=settings.save_dtype, writes=world.first)
         policy, value = self.roles.policy, self.roles.value
         checkpoint.save_model(

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llama2cli import console
 from llama2cli.measure.rates import sigmoid
 from llama2cli.nn import checkpoint
 from llama2cli.rlhf import credit
@@ -85,7 +86,12 @@ def roll_out(
             ref_M = job.rows.read(roles.reference, answers, torch.float32, k=2)[0]
         kl_M = credit.kl(job.terms, logprobs_M, ref_M, exact_M)
         tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
-        texts = [answer_text(r, job.start.tokenizer, tags)[0] for r in results]
+        read = [answer_text(r, job.start.tokenizer, tags) for r in results]
+        for place, (_, escaped) in zip(places, read):
+            if escaped:
+                told = f"{place.file}:{place.line}: its answer holds tags of the chat format; they are escaped"
+                console.warn(told, "answers with tags of the chat format")
+        texts = [text for text, _ in read]
         cut = [r.truncated for r in results]
         logits: dict[str, list[float]] = {}
         with at_work(job, roles.judges):
