@@ -148,6 +148,7 @@ def prepare(settings: Settings, world: World) -> Job:
     resolved["policy"], resolved["prompts"] = resolved.pop("init"), resolved.pop("data")  # as the flags are called
     if settings.save_every is None:
         resolved["save_every"] = resolved["eval_every"]
+    idle = ["--offload does nothing on a CPU"] if settings.offload and world.device.type == "cpu" else []
     paths = [*(n.path for n in named), *split.paths, str(start.folder), *map(str, scorers.values())]
     return Job(
         settings=settings,
@@ -162,7 +163,7 @@ def prepare(settings: Settings, world: World) -> Job:
         terms=terms,
         resolved=resolved,
         inputs=list(dict.fromkeys(paths + ([] if value is None else [str(value)]))),
-        notes=[*split.notes, *start.notes],
+        notes=[*split.notes, *start.notes, *idle],
         rows=answers.Rows(2 * start.context, resolved["micro_tokens"], world),
     )
 

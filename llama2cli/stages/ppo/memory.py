@@ -12,7 +12,7 @@ from llama2cli import console
 from llama2cli.errors import Misuse
 from llama2cli.nn import budget, checkpoint
 from llama2cli.nn.roles import Frozen, Held, ppo_memory
-from llama2cli.sampling.engine import CACHE_BYTES, PREFILL_TOKENS
+from llama2cli.sampling.engine import cache_bytes, PREFILL_TOKENS
 from llama2cli.sampling.scoring import BATCH_TOKENS
 from llama2cli.stages.ppo.job import Job
 from llama2cli.training.dist import World
@@ -35,7 +35,7 @@ def of(job: Job) -> Held:
         job.value_config,
         frozen,
         tokens=job.resolved["micro_tokens"],
-        cache_bytes=min(CACHE_BYTES, budget.kv_cache_bytes(config, rows * size, compute_bytes=compute)),
+        cache_bytes=min(cache_bytes(world.device), budget.kv_cache_bytes(config, rows * size, compute_bytes=compute)),
         prompt_tokens=min(PREFILL_TOKENS, rows * longest),
         scored_tokens=min(BATCH_TOKENS[world.device.type], -(-settings.batch_size // world.size) * size),
         gpus=world.size,
@@ -47,7 +47,8 @@ def of(job: Job) -> Held:
     if held.peak > there and not settings.dry_run:
         roles = ", ".join(f"{name} {v / 1e9:.3g}" for name, v in held.roles.items())
         phase = max(held.phases, key=held.phases.__getitem__)
-        fix = "try --offload, --value head, --activation-checkpointing, fewer --micro-tokens, more processes"
+        away = "" if world.device.type == "cpu" else "--offload, "
+        fix = f"try {away}--value head, --activation-checkpointing, fewer --micro-tokens, more processes"
         need = f"{phase} would hold {held.peak / 1e9:.3g} GB of {there / 1e9:.3g}"
         raise Misuse(f"does not fit a device: {need} (GB: {roles}); {fix}", job.settings.policy)
     return held
