@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -69,6 +70,7 @@ def train(job: Job, held: Held, stop: Stop) -> dict[str, Any]:
             console.say(f"{folder.folder}: ended early at step {at.step:,}; --patience 0 and a new run go further")
         elif at.step < job.resolved["steps"]:
             session.set_up(job.world, job.settings.seed, job.settings.kernels, machine, folder.folder)
+            os.environ.setdefault("LLAMA2_DECODE", "graphs")  # compiled steps may round otherwise in a resumed process
             memory.show(job, held)
             Loop(job, folder, at, stop).run()
             show_end(folder)

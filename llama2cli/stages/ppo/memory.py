@@ -12,7 +12,7 @@ from llama2cli import console
 from llama2cli.errors import Misuse
 from llama2cli.nn import budget, checkpoint
 from llama2cli.nn.roles import Frozen, Held, ppo_memory
-from llama2cli.sampling.engine import cache_bytes, PREFILL_TOKENS
+from llama2cli.sampling.engine import PREFILL_TOKENS, cache_bytes
 from llama2cli.sampling.scoring import BATCH_TOKENS
 from llama2cli.stages.ppo.job import Job
 from llama2cli.training.dist import World
