@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import ppo_kit
+import ranks
 import resume_harness as harness
 from ppo_kit import given, line, metrics
 
@@ -805,6 +806,50 @@ def test_offload_changes_no_number(kit: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 # --- several processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "size"), [(7, 2), (7, 3), (2, 3), (1, 2)])
+def test_columns_of_all_ranks(monkeypatch: pytest.MonkeyPatch, n: int, size: int) -> None:
+    """Every rank has every n-th answer; together they are all of them, in order, the same everywhere."""
+    from llama2cli.stages.ppo.rollout import everyones
+
+    whole = {"reward": [i / 3 - 1 for i in range(n)], "length": [float(i * i) for i in range(n)]}
+
+    def work(world: Any) -> Any:
+        mine = list(range(world.rank, n, world.size))
+        return everyones(world, {k: [v[i] for i in mine] for k, v in whole.items()}, mine, n)
+
+    for found in ranks.simulate(monkeypatch, size, work):
+        assert {k: v.tolist() for k, v in found.items()} == whole
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_credit_does_not_depend_on_the_ranks(kit: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """What the tokens of an answer are trained on, and what is told, is that of one process; a rank may have none."""
+    from llama2cli.rlhf.ppo import Moments
+    from llama2cli.stages.ppo.lesson import credit_answers
+    from llama2cli.stages.ppo.rollout import Rollout
+
+    job, one = rolled(kit, 4, whiten="running", whiten_advantages=True, value_score="kept", beta=0.5)
+    before = Moments(5, 0.3, 4.0)
+    want = credit_answers(job, one, before)
+    starts = one.answers.starts
+
+    def tokens(mine: Sequence[int], values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values[:0], *(values[starts[i] : starts[i + 1]] for i in mine)])
+
+    def work(world: Any) -> Any:
+        mine = list(range(world.rank, 4, world.size))
+        answers = Answers([one.answers.prompts[i] for i in mine], [one.answers.answers[i] for i in mine])
+        parts = [tokens(mine, x) for x in (one.logprobs_M, one.kl_M, one.values_M)]
+        part = Rollout(mine, answers, [one.texts[i] for i in mine], *parts, one.table)
+        return mine, credit_answers(dataclasses.replace(job, world=world), part, before)
+
+    for mine, found in ranks.simulate(monkeypatch, size, work):
+        assert found.whitened == want.whitened and found.told == pytest.approx(want.told, rel=1e-9)
+        for kind in ("policy", "value"):
+            for name, values in getattr(want, kind).items():
+                torch.testing.assert_close(getattr(found, kind)[name], tokens(mine, values), atol=1e-6, rtol=1e-5)
 
 
 def close(two: Path, one: Path, atol: float) -> None:
