@@ -802,7 +802,7 @@ def _(kit: Path) -> list[str]:
     return ppo(kit, "the fox")
 
 
-@case("an unsafe tag that is no boolean", 1, "asked.jsonl:1: unsafe", '"yes"')
+@case("an unsafe tag that is no boolean", 1, "asked.jsonl:1: unsafe", "true or false")
 def _(kit: Path) -> list[str]:
     return ppo(kit, json.dumps({"messages": [ASKED], "unsafe": "yes"}))
 
