@@ -161,6 +161,8 @@ class Case:
     least_bytes_per_token: float  # what any kernel must move
     per_sm: int | None = None  # programs per multiprocessor that a persistent kernel is launched with
     spill_bytes: int = 0  # allowed, where that is stated
+    elements: int = 0  # of a token, that bytes per element are counted in: the width of a row
+    turns: float | None = None  # of the loop that reads memory, in a program; a persistent kernel's follow from its grid
     notes: dict[str, Any] = field(default_factory=dict)
 
 

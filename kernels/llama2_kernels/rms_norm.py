@@ -491,11 +491,11 @@ def static_cases(tokens: int = 8192) -> list[Case]:
                 if residual is None
                 else record(add_rms_norm_forward, x, x, w, 1e-5)
             )
-            cases.append(Case(f"{name} forward", model, made, tokens, least + 4, least))
+            cases.append(Case(f"{name} forward", model, made, tokens, least + 4, least, elements=width))
             least = 6 * width if residual is None else 8 * width
             for need_weight in (True, False):
                 made = record(rms_norm_backward, x, residual, x, w, rstd, need_weight)
                 partial = 8 * width * made[0].grid[0] / tokens if need_weight else 0.0  # written once, read once
                 label = f"{name} backward" + ("" if need_weight else ", frozen weight")
-                cases.append(Case(label, model, made, tokens, least + 4 + partial, least, per_sm))
+                cases.append(Case(label, model, made, tokens, least + 4 + partial, least, per_sm, elements=width))
     return cases
