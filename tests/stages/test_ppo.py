@@ -342,11 +342,6 @@ def test_resumed_at_every_step(server: harness.Server, kit: Path, tmp_path: Path
     harness.check_every_step(server, args(kit, steps=3, **changes), tmp_path, steps=3)
 
 
-def test_killed_at_file_operations(server: harness.Server, kit: Path, tmp_path: Path) -> None:
-    few = args(kit, steps=2, keep=1, judge=f"{kit}/judge", **HELD)
-    assert harness.check_crash_points(server, few, tmp_path, first=5, every=47) >= 3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("value", ["separate", "head"])
 def test_killed_at_every_file_operation(server: harness.Server, kit: Path, tmp_path: Path, value: str) -> None:
