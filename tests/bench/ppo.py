@@ -1,11 +1,13 @@
 """An iteration of PPO beside TRL's PPOTrainer: the same weights, prompts, answers' length, passes and optimizer steps.
 
-    python tests/bench/ppo.py [--rounds 2] [--iterations 5] [--core 0] [-o FILE.md]
+    python tests/bench/ppo.py [--data even,mixed] [--rounds 2] [--iterations 5] [--core 0] [-o FILE.md]
 
-64 prompts of 40 tokens are answered with 64 tokens each, scored by one reward model, and trained on in 4 passes of one
-mini-batch; the models are of the 1m preset, fp32. Policy and reference begin as one language model, value model and
-reward model as another. Of these weights the rows of the first 259 pieces (control tokens and bytes) point away from
-every hidden state, so that no answer ends before its 64 tokens on either side, and each is text.
+64 prompts are answered with 64 tokens each, scored by one reward model, and trained on in 4 passes of one mini-batch;
+the models are of the 1m preset, fp32. "even": prompts of 40 tokens; "mixed": instructions as they are published, of at
+most 256 tokens, which TRL pads to the longest. Policy and reference begin as one language model, value model and reward
+model as another (ours sets the value model's head to 0). Of these weights the rows of the first 259 pieces (control
+tokens and bytes) point away from every hidden state, so that no answer ends before its 64 tokens on either side, and
+each is text.
 
 Ours is `llama2 ppo`, timed by its own timing.jsonl: "separate" has a value model of its own as TRL has, "head" a value
 head on the policy's trunk. Both run the output table on the answers' tokens only and keep log-probabilities from
@@ -28,6 +30,7 @@ import importlib
 import itertools
 import json
 import math
+import random
 import statistics
 import tempfile
 import time
@@ -40,7 +43,8 @@ import reward
 from beside_trl import Task
 
 SIZE = "1m"
-BATCH, PROMPT, ANSWER, PASSES = 64, 40, 64, 4
+BATCH, ANSWER, PASSES = 64, 64, 4
+PROMPT = {"even": range(40, 41), "mixed": range(8, 257)}  # tokens of a prompt
 BETA, CLIP, LAMBDA, VALUE_WEIGHT = 0.05, 0.2, 0.95, 0.1  # as PPOConfig has them
 NEVER = 259  # pieces that are not sampled: the first of the vocabulary, control tokens and bytes
 AWAY = 1.0  # against deviations of 0.02
@@ -54,8 +58,8 @@ PHASES = ("rollout", "scoring", "update")
 # --- the same for both --------------------------------------------------------------------------------------------
 
 
-def prompts(tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
-    """Beginnings of instructions that have PROMPT tokens as a dialogue's first turn, with these."""
+def prompts(tokenizer: Any, data: str) -> Iterator[tuple[str, list[int]]]:
+    """Instructions, and with "even" their beginnings, that have as many tokens as are wanted; with their ids."""
     from llama2cli.text.chat import encode_prompt
 
     for record in peer.records("alpaca_eval_graded/binary_pairs.jsonl.gz"):
@@ -63,24 +67,26 @@ def prompts(tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
         for n in range(len(words), 0, -1):
             text = " ".join(words[:n])
             ids = encode_prompt(tokenizer, [peer.turn("user", text)])
-            if len(ids) == PROMPT:
+            if len(ids) in PROMPT[data]:
                 yield text, ids
-            if len(ids) <= PROMPT:
+            if len(ids) < PROMPT[data].stop or data == "mixed":
                 break
 
 
-def prepare(work: Path, n: int) -> Task:
+def prepare(work: Path, data: str, n: int) -> Task:
     """Files of n prompts, as records and as ids, and the folders of the models."""
     texts = (r["instruction"] for r in peer.records("alpaca_eval_graded/binary_pairs.jsonl.gz"))
     tokenizer = peer.tokenizer(work, SIZE, texts)
-    found = list(dict(prompts(tokenizer)).items())
+    found = list(dict(prompts(tokenizer, data)).items())
+    random.Random(0).shuffle(found)
     found = list(itertools.islice(itertools.cycle(found), n))
     told = ({"messages": [peer.turn("user", text)]} for text, _ in found)
-    policy = weights(work, tokenizer)
+    policy, lengths = weights(work, tokenizer), [len(ids) for _, ids in found]
     return {
-        "prompts": str(peer.write_lines(work / "prompts.jsonl", told)),
-        "ids": str(peer.write_lines(work / "prompts-ids.jsonl", ({"input_ids": ids} for _, ids in found))),
+        "data": data, "prompts": str(peer.write_lines(work / f"{data}.jsonl", told)),
+        "ids": str(peer.write_lines(work / f"{data}-ids.jsonl", ({"input_ids": ids} for _, ids in found))),
         "policy": str(policy), "reward": str(reward.head(work, policy)),
+        "note": f"* {data}: prompts of {statistics.mean(lengths):.0f} tokens, at most {max(lengths)}",
     }  # fmt: skip
 
 
@@ -192,7 +198,7 @@ def measure(task: Task, folder: str) -> Task:
             })  # fmt: skip
             seen.update(tokens=0, steps=0)
 
-    marked("batch_generation", lambda out: seen.update(tokens=out[0][:, PROMPT:].numel()))
+    marked("batch_generation", lambda out: seen.update(tokens=out[1][..., 0].numel()))
     marked("masked_whiten")
     loop = Timed(
         args=PPOConfig(
@@ -229,26 +235,22 @@ def summary(rows: list[Task]) -> Task:
     return {"s": statistics.median(seconds), "least": min(seconds), "most": max(seconds), "n": len(seconds), **shares}
 
 
-def speed(sides: list[str], found: dict[str, list[Task]]) -> list[list[str]]:
+def speed(data: str, found: dict[str, list[Task]]) -> list[list[str]]:
     """Rows of the first table."""
     out = []
-    for side in sides:
-        rows = found[side]
+    for side, rows in found.items():
         each = " / ".join(f"{row['s']:.2f} ({row['least']:.2f} to {row['most']:.2f})" for row in rows)
         shares = [f"{statistics.mean(row[phase] for row in rows):.0%}" for phase in PHASES]
-        rest = 1 - sum(statistics.mean(row[phase] for row in rows) for phase in PHASES)
         over = []
         for other in TRLS:
-            if side in OURS and other in found:
-                bar = f" ({OURS[side]:g})" if other == TRLS[0] else ""
-                over.append(f"**{peer.lowest(found[other], rows, 's'):.2f}**{bar}")
-            else:
-                over.append("")
-        out.append([side, each, peer.listed(rows, "n", "d"), *shares, f"{rest:.0%}", *over])
+            ratio = side in OURS and other in found and peer.lowest(found[other], rows, "s")
+            bar = f" ({OURS[side]:g})" if ratio and (data, other) == ("even", TRLS[0]) else ""
+            over.append(f"**{ratio:.2f}**{bar}" if ratio else "")
+        out.append([data, side, each, peer.listed(rows, "n", "d"), *shares, *over])
     return out
 
 
-def agreement(side: str, rows: list[Task]) -> list[str]:
+def agreement(data: str, side: str, rows: list[Task]) -> list[str]:
     """The row of the second table. Ends the bench where a loss is not finite or an answer is not whole."""
     if not all(math.isfinite(x) for row in rows for x in row.values()):
         raise SystemExit(f"{side}: not finite: {rows}")
@@ -256,7 +258,8 @@ def agreement(side: str, rows: list[Task]) -> list[str]:
         raise SystemExit(f"{side}: not {BATCH * ANSWER} tokens and {PASSES} steps: {rows}")
     shown = (rows[0], rows[1], rows[-1])
     return [
-        side, f"{rows[0]['tokens']:,}", f"{rows[0]['steps']}", " / ".join(f"{row['entropy']:.3f}" for row in shown),
+        data, side, f"{rows[0]['tokens']:,}", f"{rows[0]['steps']}",
+        " / ".join(f"{row['entropy']:.3f}" for row in shown),
         " / ".join(f"{row['kl']:.1e}" for row in shown), " / ".join(f"{row['reward']:.2f}" for row in shown),
         " / ".join(f"{row['value_loss']:.3f}" for row in shown),
     ]  # fmt: skip
@@ -264,33 +267,37 @@ def agreement(side: str, rows: list[Task]) -> list[str]:
 
 def main() -> None:
     parser = peer.arguments(__doc__)
+    parser.add_argument("--data", default="even,mixed")
     parser.add_argument("--iterations", type=int, default=5, help=f"counted, after {SKIPPED} of warm-up")
     args = parser.parse_args()
     if args.worker:
         peer.as_worker(json.loads(args.worker), measure)
         return
     peer.pin(args)
-    notes = peer.machine(args)
+    notes, times, checks = [peer.machine(args), ""], [], []
     sides = [side for side in (*OURS, *TRLS) if not args.sides or side in args.sides.split(";")]
-    found: dict[str, list[Task]] = {side: [] for side in sides}
-    checked: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as fresh:
         work = Path(args.work or fresh).absolute()
         work.mkdir(exist_ok=True, parents=True)
-        made = prepare(work, BATCH * (SKIPPED + args.iterations))
-        for _ in range(args.rounds):
-            for side in sides:
-                rows = (of_ours if side in OURS else of_trl)(made, side, args)
-                checked[side] = agreement(side, rows)
-                found[side].append(peer.told({"side": side, **summary(rows)}))
-    columns = ["side", "s an iteration, median (range)", "iterations counted", *PHASES, "rest",
+        for data in args.data.split(","):
+            made = prepare(work, data, BATCH * (SKIPPED + args.iterations))
+            notes.append(made["note"])
+            found: dict[str, list[Task]] = {side: [] for side in sides}
+            checked: dict[str, list[str]] = {}
+            for _ in range(args.rounds):
+                for side in sides:
+                    rows = (of_ours if side in OURS else of_trl)(made, side, args)
+                    checked[side] = agreement(data, side, rows)
+                    found[side].append(peer.told({"data": data, "side": side, **summary(rows)}))
+            times += speed(data, found)
+            checks += checked.values()
+    columns = ["prompts", "side", "s an iteration, median (range)", "iterations counted", *PHASES,
                "times TRL's speed (bar)", "times TRL's, malloc tuned"]  # fmt: skip
-    tables = peer.table(columns, speed(sides, found))
-    columns = ["side", "tokens an iteration", "optimizer steps", "entropy of a token, nats", "KL of an answer, nats",
-               "reward", "value loss"]  # fmt: skip
-    tables += ["", "At the first, second and last iteration of the last round:"]
-    tables += peer.table(columns, [checked[side] for side in sides])
-    peer.report(args, "An iteration of PPO beside TRL's PPOTrainer", notes, tables)
+    tables = peer.table(columns, times)
+    columns = ["prompts", "side", "tokens an iteration", "optimizer steps", "entropy of a token, nats",
+               "KL of an answer, nats", "reward", "value loss"]  # fmt: skip
+    tables += ["", "At the first, second and last iteration of the last round:", *peer.table(columns, checks)]
+    peer.report(args, "An iteration of PPO beside TRL's PPOTrainer", "\n".join(notes), tables)
 
 
 if __name__ == "__main__":
