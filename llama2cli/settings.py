@@ -126,8 +126,9 @@ class Training(Compute):
     save_dtype: Literal["fp32", "bf16", "fp16"] = flag(default="fp32", help="type of the saved weights")
     activation_checkpointing: bool = flag(default=False, help="keep less for the backward pass and compute it again")
     compile: bool = flag(default=False, help="compile the layers (torch.compile)")
-    kernels: Literal["auto", "plain"] = flag(
-        default="auto", help="auto: what is equal and faster on this machine (chosen once); plain: torch's own"
+    kernels: Literal["auto", "plain", "triton"] = flag(
+        default="auto",
+        help="auto: on a CPU what is equal and faster (chosen once), on a GPU Triton's; plain: torch's own; triton",
     )
     peak: float | None = flag(
         default=None, low=0.001, help="TFLOP/s of a device, for MFU (default: the data sheet's, or measured)"

@@ -42,12 +42,12 @@ def choose() -> None:
     if ops.choices()["mode"] == "plain":
         ops.setup_process()
         return
-    ops.restore({"mode": "auto", "picks": known})
+    ops.restore({**ops.choices(), "picks": known})
     ops.setup_process()
     chosen = ops.choices()["picks"]
     if chosen != known:
         remember(path, chosen, replace=old)
-        ops.restore({"mode": "auto", "picks": {**chosen, **recall(path)}})  # another process may have been first
+        ops.restore({**ops.choices(), "picks": {**chosen, **recall(path)}})  # another process may have been first
 
 
 def recall(path: Path) -> dict[str, str]:

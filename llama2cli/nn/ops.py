@@ -1,10 +1,17 @@
 """The operations of the model, and the only place that chooses how each is computed.
 
-The plain forms below (`plain_*`) are the specification: torch's own operators, on any device and dtype, in compiled
-regions too. On a CPU some have a faster form in `nn.cpu`. `setup_process` checks each once, on this machine, and takes
-it when it is equal within rounding and faster; `choices` gives what was taken, `restore` makes another process take the
-same, so that a resumed run computes the same bytes. Before `setup_process`, after `force("plain")`, and with
-LLAMA2_OPS=plain in the environment, the plain forms are used.
+The plain forms below (`plain_*`) are the specification: torch's own operators, on any device and dtype.
+
+On a CPU some have a faster form in `nn.cpu`. `setup_process` checks each once, on this machine, and takes it when it is
+equal within rounding and faster.
+On a CUDA device RMSNorm, rotary embedding and SwiGLU have Triton kernels (the package llama2_kernels), which are taken
+where triton is installed. A compiled region (torch.compile) takes the plain forms instead: the compiler makes kernels
+of them together with what stands around them.
+
+`choices` gives what was taken, `restore` makes another process take the same, so that a resumed run computes the same
+bytes. Before `setup_process`, after `force("plain")`, and with LLAMA2_OPS=plain in the environment, the plain forms are
+used. `force("triton")` and LLAMA2_OPS=triton take the kernels in compiled regions too, and on a CPU in Triton's
+interpreter (a process started with TRITON_INTERPRET=1; slow, for tests); where they cannot run they are refused.
 
 Letters of shapes: B rows, T positions, H query heads, G key/value heads, K head size, D width, F feed-forward width,
 V vocabulary, N tokens.
@@ -14,16 +21,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama2cli import console
+from llama2cli.errors import Misuse
 from llama2cli.nn import cpu, loss
 
-_mode: str = os.environ.get("LLAMA2_OPS", "auto")
+Mode = Literal["auto", "plain", "triton"]
+MODES: tuple[str, ...] = get_args(Mode)
+VARIABLE = "LLAMA2_OPS"
+
+
+class Kernels(NamedTuple):
+    """The functions of llama2_kernels."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    swiglu: Callable[[Tensor], Tensor]
+    interpreted: bool  # by Triton's interpreter: on a CPU
+
+
+_mode: str = os.environ.get(VARIABLE, "auto")
 _picks: dict[str, str] = {}  # "operation.dtype" -> "fast" or "plain"
+_triton: bool | None = None  # are the Triton kernels taken, on tensors that they can run on; None before it is decided
+_kernels: Kernels | None = None  # those that are taken at this moment
 _onednn = False  # are fp32 products sent to oneDNN at this moment
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -35,6 +60,11 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = x if x.dtype == torch.float64 else x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * weight).to(x.dtype)
+
+
+def plain_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def plain_rope(
@@ -85,6 +115,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32; the result has x's dtype."""
+    if _kernels is not None and _by_triton(x):
+        return _kernels.rms_norm(x, weight, eps)
     if _fast("rms_norm", x) and weight.dtype == x.dtype:
         return cpu.rms_norm(x, weight, eps)
     return plain_rms_norm(x, weight, eps)
@@ -92,8 +124,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [..., 2F] that holds gate, then up: [..., F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    if _kernels is not None and _by_triton(gate_up):
+        return _kernels.swiglu(gate_up)
+    return plain_swiglu(gate_up)
 
 
 def rope_table(head_dim: int, theta: float, n: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +143,8 @@ def rope(
 
     The halves of K are the two coordinates (the layout of Hugging Face folders). cos, sin: a `rope_table`.
     """
+    if _kernels is not None and _by_triton(q_BTHK):
+        return _kernels.rope(q_BTHK, k_BTGK, cos, sin, positions_BT)
     if _fast("rope", q_BTHK) and q_BTHK.shape[1] > 1:
         return cpu.rope(q_BTHK, k_BTGK, cos, sin, positions_BT)
     return plain_rope(q_BTHK, k_BTGK, cos, sin, positions_BT)
@@ -176,9 +211,17 @@ def token_kl(hidden_ND: Tensor, weight_VD: Tensor, other_hidden_NE: Tensor, othe
 def setup_process() -> None:
     """Settings that make heavy work on a CPU faster, and the checks that choose the forms (0.2 s); call it once.
 
-    What `restore` has named is not checked again.
+    What `restore` has named is not checked again. Raises Misuse where LLAMA2_OPS is no mode, or asks for kernels that
+    cannot run here.
     """
+    global _triton
+    if _mode not in MODES:
+        raise Misuse(f"expected one of {', '.join(MODES)}, got {_mode!r}", VARIABLE)
     cpu.keep_memory()
+    if _triton is None:
+        _require_kernels(VARIABLE)
+        _triton = _mode == "triton" or (_mode == "auto" and torch.cuda.is_available() and _load_kernels() is not None)
+        _apply()
     if _mode == "plain":
         return
     with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
@@ -192,34 +235,80 @@ def setup_process() -> None:
 
 
 def choices() -> dict[str, Any]:
-    """What was taken so far, JSON-able: `restore` of it makes another process compute the same."""
-    return {"mode": _mode, "picks": dict(_picks)}
+    """What was taken so far, JSON-able: `restore` of it makes another process compute the same.
+
+    triton: are the kernels taken where tensors are on a CUDA device; None where that is not decided yet.
+    """
+    return {"mode": _mode, "picks": dict(_picks), "triton": _triton}
 
 
 def restore(taken: dict[str, Any]) -> None:
-    """Take what `choices()` named in an earlier process; nothing is timed again."""
-    global _mode
+    """Take what `choices()` named in an earlier process; nothing is timed again.
+
+    Kernels that cannot run in this process are not taken, which is told.
+    """
+    global _mode, _triton
+    before, _triton = _triton, taken.get("triton")
     _mode = taken["mode"]
     _picks.clear()
     _picks.update(taken["picks"])
     _apply()
+    if _triton and not before and _mode != "plain" and _kernels is None:
+        console.warn("the run took Triton kernels, which cannot run here: torch's own operators compute instead")
 
 
-def force(mode: Literal["plain", "auto"]) -> None:
-    """ "plain": the plain forms only. "auto": what `setup_process` has taken or will take."""
-    global _mode
-    if mode not in ("plain", "auto"):
-        raise ValueError(f"expected plain or auto, got {mode!r}")
-    _mode = mode
+def force(mode: Mode, device: torch.device | None = None) -> None:
+    """ "plain": the plain forms only. "triton": the kernels. "auto": what `setup_process` has taken or will take.
+
+    Raises Misuse where the kernels cannot run, or not on this device.
+    """
+    global _mode, _triton
+    if mode not in MODES:
+        raise ValueError(f"expected one of {', '.join(MODES)}, got {mode!r}")
+    before, _mode, _triton = (_mode, _triton), mode, None if mode == "auto" else mode == "triton"
+    try:
+        _require_kernels("--kernels", device)
+    except Misuse:
+        _mode, _triton = before
+        raise
     _apply()
 
 
+def _require_kernels(place: str, device: torch.device | None = None) -> None:
+    """Raise Misuse where mode triton was asked for and the kernels cannot run."""
+    if _mode != "triton":
+        return
+    kernels = _load_kernels()
+    if kernels is None:
+        raise Misuse("triton: its kernels need a CUDA device, and the package triton; auto takes what there is", place)
+    if device is not None and (device.type == "cpu") != kernels.interpreted:
+        where = "with TRITON_INTERPRET=1 they run on a CPU" if kernels.interpreted else "its kernels need a CUDA device"
+        raise Misuse(f"triton: {where}, the device is {device.type}", place)
+
+
+def _load_kernels() -> Kernels | None:
+    """The kernels, None where they cannot run. Imported only where they might be wanted: triton takes 0.3 s."""
+    try:
+        from llama2_kernels import registry, rms_norm, rope, swiglu
+    except ImportError:  # an installation without them
+        return None
+    if not registry.available():
+        return None
+    return Kernels(rms_norm.rms_norm, rope.rope, swiglu.swiglu, registry.INTERPRET)
+
+
 def _apply() -> None:
-    global _onednn
-    _onednn = (
-        _mode == "auto" and _picks.get("matmul.fp32") == "fast" and cpu.exact()
-    )  # it may come from another machine
+    global _kernels, _onednn
+    _kernels = _load_kernels() if _triton and _mode != "plain" else None
+    fast = _mode != "plain" and _picks.get("matmul.fp32") == "fast"
+    _onednn = fast and cpu.exact()  # it may come from another machine
     cpu.set_onednn(_onednn)
+
+
+def _by_triton(x: Tensor) -> bool:
+    if _kernels is None or (torch.compiler.is_compiling() and _mode != "triton"):
+        return False
+    return x.is_cuda or (x.is_cpu and _kernels.interpreted and _mode == "triton")
 
 
 def _fast(name: str, x: Tensor) -> bool:

@@ -298,11 +298,11 @@ def resume(run: Run, resolved: Mapping[str, Any], *, free: Iterable[str] = FREE)
     return at, machine
 
 
-def set_up(world: World, seed: int, kernels: str, machine: Machine | None, place: Path) -> None:
+def set_up(world: World, seed: int, kernels: ops.Mode, machine: Machine | None, place: Path) -> None:
     """Seed, threads and kernels of this process, as those of the saved step; before the first operation on tensors."""
     torch.manual_seed(mix(seed, world.rank))
-    if kernels == "plain":
-        ops.force("plain")
+    if kernels != "auto":
+        ops.force(kernels, world.device)
     if machine is not None:
         state.take_over(machine, world, place)
         ops.setup_process()

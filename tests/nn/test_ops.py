@@ -8,6 +8,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llama2cli.errors import Misuse
 from llama2cli.nn import cpu, ops
 
 FAST = {f"{name}.{kind}": "fast" for name in ("rms_norm", "rope", "attention") for kind in ("fp32", "bf16")}
@@ -266,7 +270,7 @@ def test_few_rows_leave_the_library_as_it_was() -> None:
 
 
 def test_unknown_mode() -> None:
-    with pytest.raises(ValueError, match="plain or auto"):
+    with pytest.raises(ValueError, match="auto, plain, triton"):
         ops.force("fast")  # type: ignore[arg-type]
 
 
@@ -284,14 +288,8 @@ assert torch.equal(torch.rand(3), torch.rand(3, generator=want))
 assert "sympy" not in sys.modules
 print(json.dumps([ops.choices(), torch.backends.mkldnn.matmul.fp32_precision]))
 """
-    results = []
-    for mode in ("plain", "auto"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"LLAMA2_OPS": mode}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout))
-    assert results[0][0] == {"mode": "plain", "picks": {}} and results[0][1] != "bf16"
+    results = [json.loads(run("-c", code, LLAMA2_OPS=mode)) for mode in ("plain", "auto")]
+    assert results[0][0] == {"mode": "plain", "picks": {}, "triton": False} and results[0][1] != "bf16"
     picks = results[1][0]["picks"]
     assert set(picks) == {"matmul.fp32", "rms_norm.fp32", "rope.fp32", "rope.bf16", "attention.fp32", "attention.bf16"}
     assert (results[1][1] == "bf16") == (picks["matmul.fp32"] == "fast")
@@ -306,3 +304,149 @@ def test_plain_attention_with_a_mask_is_sdpa_of_each_text() -> None:
         q1, k1, v1 = (x[:, part].transpose(1, 2) for x in (q, k, v))
         alone = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True, enable_gqa=True).transpose(1, 2)
         assert torch.allclose(packed[:, part], alone, atol=1e-6)
+
+
+# --- Triton kernels -----------------------------------------------------------------------------------------------
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+HAS_TRITON = find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+
+
+def run(*args: object, **env: str) -> str:
+    """A process of its own, without the interpreter unless `env` asks for it; its stdout."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LLAMA2_OPS")}
+    path = os.pathsep.join(filter(None, (str(KERNELS), inherited.get("PYTHONPATH"))))  # where the install is older
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, env=inherited | {"PYTHONPATH": path} | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    """What interpreted.py finds."""
+    return json.loads(run(Path(__file__).with_name("interpreted.py"), LLAMA2_OPS="triton", TRITON_INTERPRET="1"))
+
+
+BY_TRITON = {"rms_norm_forward": 3, "rope": 2, "swiglu": 1, "rms_norm_backward": 3, "swiglu_backward": 1}
+
+
+@needs_triton
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 2e-6), ("bf16", 0.03)])
+@pytest.mark.parametrize("layout", ["one text", "packed"])
+def test_a_model_by_kernels_is_the_plain_one(
+    interpreted: dict[str, Any], layout: str, dtype: str, bound: float
+) -> None:
+    """Hidden states and every gradient; bf16: both forms round."""
+    assert interpreted[f"{layout}, {dtype}"] < bound
+
+
+@needs_triton
+def test_where_kernels_are_taken(interpreted: dict[str, Any]) -> None:
+    assert interpreted["choices"]["mode"] == "triton" and interpreted["choices"]["triton"] is True
+    assert interpreted["triton"] == interpreted["after restore"] == BY_TRITON and interpreted["restored"]
+    assert interpreted["plain"] == interpreted["auto on a CPU"] == {}
+    assert (interpreted["compiled, triton"], interpreted["compiled, auto"]) == (5, 0)
+
+
+@needs_triton
+def test_kernels_within_everything_else(interpreted: dict[str, Any]) -> None:
+    assert interpreted["checkpointing"] and interpreted["checkpointed operation"]
+    assert interpreted["autocast"] < 0.03
+    for name in ("cache", "compiled, triton, apart", "compiled, auto, apart"):
+        assert interpreted[name] < 2e-6, name
+
+
+REFUSED = """
+import json, sys
+if sys.argv[1] == "absent":
+    sys.modules["triton"] = None  # as where it is not installed
+import torch
+from llama2cli.errors import Misuse
+from llama2cli.nn import ops
+
+def refused(work):
+    try:
+        work()
+    except Misuse as e:
+        return str(e)
+    raise SystemExit("not refused")
+
+told = [refused(ops.setup_process)]
+ops.restore({"mode": "auto", "picks": {}})
+ops.setup_process()
+assert ops.choices()["triton"] is False, ops.choices()
+before = ops.choices()
+told.append(refused(lambda: ops.force("triton")))
+assert ops.choices() == before
+ops.restore(before | {"triton": True})  # of a run that had them
+x = torch.randn(2, 8)
+assert torch.equal(ops.swiglu(x), ops.plain_swiglu(x))
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.parametrize("where", ["absent", pytest.param("no device", marks=needs_triton)])
+def test_kernels_that_cannot_run(where: str) -> None:
+    """Refused where they are asked for, left out where they are not, and replaced where a run had them."""
+    if torch.cuda.is_available():
+        pytest.skip("they can run here")
+    told = json.loads(run("-c", REFUSED, where, LLAMA2_OPS="triton"))
+    assert [line.split(":")[0] for line in told] == ["LLAMA2_OPS", "--kernels"]
+    assert all("CUDA device" in line for line in told)
+
+
+@pytest.mark.parametrize(("interpreted", "device"), [(True, "cuda"), (False, "cpu")])
+def test_kernels_are_refused_on_another_device(monkeypatch: pytest.MonkeyPatch, interpreted: bool, device: str) -> None:
+    kernels = ops.Kernels(ops.plain_rms_norm, ops.plain_rope, ops.plain_swiglu, interpreted)
+    monkeypatch.setattr(ops, "_load_kernels", lambda: kernels)
+    before = ops.choices()
+    with pytest.raises(Misuse, match=f"^--kernels: triton: .*the device is {device}$"):
+        ops.force("triton", torch.device(device))
+    assert ops.choices() == before
+    ops.force("triton", torch.device("cpu" if interpreted else "cuda"))
+    assert ops.choices()["triton"] is True
+
+
+def test_a_mode_that_is_none() -> None:
+    code = """
+from llama2cli.errors import Misuse
+from llama2cli.nn import ops
+try:
+    ops.setup_process()
+except Misuse as e:
+    print(e)
+"""
+    assert run("-c", code, LLAMA2_OPS="fast") == "LLAMA2_OPS: expected one of auto, plain, triton, got 'fast'\n"
+
+
+def test_kernels_of_a_run_that_are_missed_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ops, "_load_kernels", lambda: None)
+    ops.restore({"mode": "auto", "picks": {}, "triton": False})
+    for _ in range(3):
+        ops.restore({"mode": "auto", "picks": {}, "triton": True})
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "torch's own operators compute instead" in err
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_device() -> None:
+    """Compiled, on the device: taken by default, and equal to the plain forms."""
+    if not (torch.cuda.is_available() and HAS_TRITON):
+        pytest.skip("no CUDA device, or no triton")
+    ops.restore({"mode": "auto", "picks": {}})
+    ops.setup_process()
+    assert ops.choices()["triton"] is True
+    qkv, weight, norm = leaves = [x.detach().cuda().requires_grad_() for x in inputs()]
+    cos, sin = (t.cuda() for t in ops.rope_table(8, 1e4, 20))
+    results = []
+    modes: tuple[ops.Mode, ...] = ("triton", "plain")
+    for mode in modes:
+        ops.force(mode)
+        out = block(qkv, weight, norm, (cos, sin))
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, want in zip(*results):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
