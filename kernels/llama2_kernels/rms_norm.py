@@ -291,8 +291,8 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
+def _tiles(n: int, size: int) -> int:
+    return (n + size - 1) // size
 
 
 def _normalised(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,13 +303,13 @@ def _normalised(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) 
     if y.numel() == 0:
         return y, h, rstd
     rows, others = _rows(x), None if residual is None else _rows(residual)
-    M, N = rows.shape
+    M, N = rows.shape[0], int(rows.shape[1])  # rows may be symbolic, a width is a constant of the kernel
     r_stride = 0 if others is None else others.stride(0)
     args = (rows, others, weight.contiguous(), y, None if others is None else h, rstd, rows.stride(0), r_stride, eps)
     s = settings_for(N, dtype.itemsize)
     with on(x):
         if s.wide_forward:
-            launch(_forward_wide)[(M,)](*args, N=N, T=TILE, END=_round_up(N, TILE), num_warps=TILE_WARPS)
+            launch(_forward_wide)[(M,)](*args, N=N, T=TILE, END=_tiles(N, TILE) * TILE, num_warps=TILE_WARPS)
         else:
             launch(_forward)[(M,)](*args, N=N, A=s.piece, B=s.rest, num_warps=s.forward_warps)
     return y, h, rstd
@@ -353,18 +353,18 @@ def rms_norm_backward(
     if dx.numel() == 0:
         return dx, dw.zero_()
     rows, grads, others = _rows(x), _rows(dy), None if dh is None else _rows(dh)
-    M, N = rows.shape
+    M, N = rows.shape[0], int(rows.shape[1])  # rows may be symbolic, a width is a constant of the kernel
     w, rstd = weight.contiguous(), rstd.contiguous()
     h_stride = 0 if others is None else others.stride(0)
     s = settings_for(N, x.dtype.itemsize)
-    tiles = _round_up(N, COLUMNS) // COLUMNS
+    tiles = _tiles(N, COLUMNS)
     resident = max(1, 8 * n_sms(x.device) // tiles) if s.wide_backward else s.backward_per_sm * n_sms(x.device)
-    programs = torch.sym_min(_round_up(M, ROWS_PER_PARTIAL) // ROWS_PER_PARTIAL, resident)
+    programs = torch.sym_min(_tiles(M, ROWS_PER_PARTIAL), resident)
     partial = torch.empty((programs, N), dtype=rstd.dtype, device=x.device) if need_weight else None
     inputs, strides = (grads, others, rows, w, rstd), (grads.stride(0), h_stride, rows.stride(0))
     with on(x):
         if s.wide_backward:
-            end = _round_up(N, TILE)
+            end = _tiles(N, TILE) * TILE
             launch(_backward_wide)[(M,)](*inputs, dx, *strides, N=N, T=TILE, END=end, num_warps=TILE_WARPS)
             if need_weight:
                 launch(_weight_wide)[(tiles, programs)](
@@ -377,8 +377,9 @@ def rms_norm_backward(
                 N=N, A=s.piece, B=s.rest, STAGES=s.backward_stages, num_warps=s.backward_warps,
             )  # fmt: skip
         if need_weight:
-            blocks = _round_up(N, SUM_COLUMNS) // SUM_COLUMNS
-            launch(_sum)[(blocks,)](partial, dw, programs, N=N, ROWS=SUM_ROWS, COLS=SUM_COLUMNS, num_warps=SUM_WARPS)
+            launch(_sum)[(_tiles(N, SUM_COLUMNS),)](
+                partial, dw, programs, N=N, ROWS=SUM_ROWS, COLS=SUM_COLUMNS, num_warps=SUM_WARPS
+            )
     return dx, dw
 
 
@@ -440,9 +441,10 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] / sqrt(mean(x^2) + eps) * weight [D] over the last axis, in fp32; the result has x's dtype.
 
-    Differentiable once in x and weight. The weight may have another dtype than x. Rows are read in place whatever lies
-    between them; a layout that is not rows of neighbours is copied. Raises ValueError for shapes that do not fit and
-    TypeError for a dtype that is no float of 16 bits or more.
+    In bf16 and fp16 it lies within 0.501 units of the last place of the exact value. Differentiable once in x and
+    weight; the weight may have another dtype than x. Rows are read in place whatever lies between them; a layout that
+    is not rows of neighbours is copied. Raises ValueError for shapes that do not fit and TypeError for a dtype that is
+    no float of 16 bits or more.
     """
     _check(x, weight)
     return rms_norm_forward(x, weight, eps)[0]

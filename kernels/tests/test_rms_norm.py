@@ -502,6 +502,7 @@ def test_without_gradients(device: str) -> None:
 
 COMPILED = """
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -512,12 +513,17 @@ def step(x, residual, w):
     b = r.add_rms_norm_forward.launcher(x, residual, w, 1e-5)
     return *a, *b, *r.rms_norm_backward.launcher(b[0], b[1], x, w, b[2], True)
 
-for mode in ("real", "symbolic"):
+for symbolic in (False, True):
     for width in (64, 5120, 20000):
-        with FakeTensorMode(shape_env=ShapeEnv() if mode == "symbolic" else None):
-            x, residual = (torch.empty(2, 40, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-            code = make_fx(step, tracing_mode=mode)(x, residual, torch.empty(width, device="cuda")).code
+        env, rows, name = ShapeEnv(), 40, ConstantSource("rows")
+        if symbolic:
+            rows = env.create_symintnode(env.create_symbol(40, name), hint=40, source=name)
+        with FakeTensorMode(shape_env=env):
+            x, residual = (torch.empty(2, rows, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+            w = torch.empty(width, device="cuda")
+            code = make_fx(step, tracing_mode="symbolic")(x, residual, w).code
         assert code.count("triton_kernel_wrapper_mutation(") == (4 if width < 8192 else 5), code
+        assert not env.replacements, "compiled for one number of rows"
 known = torch._library.triton.get_triton_kernels_for_op("llama2_kernels::rms_norm_backward")
 assert r._backward in known and r._sum in known
 """
