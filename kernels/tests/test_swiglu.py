@@ -83,7 +83,7 @@ def check(gate_up: Tensor, pairs: bool = True) -> None:
         assert all(torch.equal(a, b) for a, b in zip([y, *torch.autograd.grad(y, leaves, dy)], got))
 
 
-WIDTHS = [1, 2, 3, 8, 31, 64, 100, 255, 257, 688, 1000, 2050]
+WIDTHS = [1, 2, 8, 31, 100, 255, 257, 1000, 1026]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
@@ -364,9 +364,10 @@ def test_compiled_whole(device: str, dynamic: bool) -> None:
 def test_compiled_by_inductor(device: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True)
-    for dtype, tolerance in ((FP32, 1e-4), (BF16, 0.1)):
+    for dtype, tolerance in ((FP32, 1e-5), (BF16, 0.03)):  # in bf16 Inductor rounds less often
         inputs = block_inputs(device, dtype=dtype)
-        assert same(results(compiled, inputs), results(block, inputs), tolerance)
+        for got, want in zip(results(compiled, inputs), results(block, inputs)):
+            assert (got - want).norm() < tolerance * want.norm()
     both = torch.compile(lambda *x: checkpoint(block, *x, use_reentrant=False), fullgraph=True)
     inputs = block_inputs(device)
     assert same(results(both, inputs), results(block, inputs), 1e-4)
@@ -462,11 +463,3 @@ for mode in ("real", "symbolic"):
 def test_the_compiled_form_can_be_traced(compiler_env: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILED], env=compiler_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_import_without_triton(compiler_env: dict[str, str]) -> None:
-    code = "import sys; sys.modules['triton'] = None; import torch, llama2_kernels.swiglu as s; "
-    code += "x = torch.zeros(2, 4); print(s.reference_swiglu(x).tolist()); s.swiglu(x)"
-    done = subprocess.run([sys.executable, "-c", code], env=compiler_env, capture_output=True, text=True)
-    assert done.stdout.strip() == str([[0.0] * 2] * 2)
-    assert "RuntimeError" in done.stderr and "CUDA device" in done.stderr
