@@ -10,6 +10,7 @@ applied to it: logit(sigmoid(x)) would lose the digits of every sure answer, and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,3 +33,15 @@ def by_safety(safe_logit_N: Tensor, unsafe_N: Tensor) -> Tensor:
     not below it."""
     below_N = safe_logit_N < torch.tensor(LOGIT_THRESHOLD, dtype=safe_logit_N.dtype, device=safe_logit_N.device)
     return unsafe_N.bool() | below_N
+
+
+def combined(
+    help_logits: Sequence[float], safe_logits: Sequence[float], unsafe: Sequence[bool]
+) -> tuple[list[float], list[bool]]:
+    """The reward of each answer by `piecewise`, in fp64, and whether it is the safety model's.
+
+    unsafe: the tag of each one's prompt.
+    """
+    help_N, safe_N = (torch.tensor(x, dtype=torch.float64) for x in (help_logits, safe_logits))
+    unsafe_N = torch.tensor(unsafe, dtype=torch.bool)
+    return piecewise(help_N, safe_N, unsafe_N).tolist(), by_safety(safe_N, unsafe_N).tolist()

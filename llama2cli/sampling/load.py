@@ -35,6 +35,10 @@ class Sampling(NamedTuple):
     temperature: float
     top_p: float
 
+    def told(self) -> str:
+        """ "greedy" or "temperature 0.6, top-p 0.9"."""
+        return f"temperature {self.temperature:g}, top-p {self.top_p:g}" if self.temperature else "greedy"
+
 
 def settle_compute(device: str, dtype: str) -> tuple[str, str]:
     """The device and type that "auto" stands for here. Raises Misuse for a device that is absent."""

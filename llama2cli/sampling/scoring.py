@@ -9,22 +9,17 @@ of the sequences and the settings only, and changes a score by rounding only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from llama2cli import console
 from llama2cli.errors import DataError
 from llama2cli.nn.checkpoint import check_tokenizer, load_model, score_offset
 from llama2cli.nn.choice import choose
 from llama2cli.nn.model import Llama
 from llama2cli.nn.packing import Piece, common, lay, split, tree
 from llama2cli.sampling.load import settle_compute
-from llama2cli.text.chat import encode_dialogue
 from llama2cli.text.folders import resolve_model
-from llama2cli.text.records import Record
-from llama2cli.text.streams import Place
 from llama2cli.text.tokenizer import Tokenizer
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # of padded rows in one forward pass; a processor's cache is small
@@ -110,47 +105,6 @@ class Scorer:
         if not torch.isfinite(scores_N).all():
             raise DataError("its scores are not finite: the weights are damaged, or too large for --dtype", self.name)
         return scores_N.tolist()
-
-
-class Judged(NamedTuple):
-    """Logits of the answers to each prompt, in order; cut: how many were read up to the end of the context."""
-
-    logits: list[list[float]]
-    cut: int
-
-
-def score_answers(
-    scorer: Scorer,
-    groups: Sequence[tuple[Place, Sequence[Record]]],
-    *,
-    tags: Literal["keep", "escape"] = "escape",
-    tick: Callable[[int], None] | None = None,
-) -> Judged:
-    """The logits of answers by prompt: place of the prompt, answered dialogues (`truncated`: one that was cut).
-
-    Answers to one prompt that are the same are computed once. One that ends behind the context is read at the last
-    token that fits, with a counted warning. tick is called with the number of sequences that a forward pass has scored.
-    """
-    sequences: list[list[int]] = []
-    where: list[int] = []  # the sequence of each answer
-    cut = 0
-    for place, answers in groups:
-        known: dict[tuple[int, ...], int] = {}
-        for answer in answers:
-            truncated = bool(answer.get("truncated"))
-            whole = encode_dialogue(scorer.tokenizer, answer["messages"], truncated=truncated, tags=tags, place=place)
-            ids = whole.ids[: scorer.context]
-            if len(ids) < len(whole.ids):
-                what = f"the answer ends behind the context of the reward model, {scorer.context:,} tokens"
-                console.warn(f"{place.file}:{place.line}: {what}", "answers scored where they are cut")
-                cut += 1
-            if (key := tuple(ids)) not in known:
-                known[key] = len(sequences)
-                sequences.append(ids)
-            where.append(known[key])
-    found = scorer.score(sequences, tick=tick) if sequences else []
-    logits = iter([found[i] for i in where])
-    return Judged([[next(logits) for _ in answers] for _, answers in groups], cut)
 
 
 def batches(pieces: Sequence[Piece], tokens: int) -> list[list[int]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from llama2cli import console
+from llama2cli.sampling import load
 from llama2cli.sampling.engine import Result
-from llama2cli.sampling.load import Sampling, load_engine, settle_sampling
+from llama2cli.sampling.load import Sampling
 from llama2cli.sampling.remote import RemoteEngine, connect, journal_beside, settle_remote_sampling
 from llama2cli.sampling.samples import Tally, Voice, policy_name
 from llama2cli.sampling.scoring import Scorer
@@ -37,7 +38,7 @@ def drawn_as(policy: str, endpoint: str | None, temperature: float | None, top_p
     """How answers are drawn: as the flags say, else the model's folder; a server has no folder that could be read."""
     if endpoint is not None:
         return settle_remote_sampling(temperature, top_p)
-    return settle_sampling(policy, temperature, top_p)
+    return load.settle_sampling(policy, temperature, top_p)
 
 
 def open_voice(policy: str, sampling: Sampling, settings: Asked) -> tuple[Voice, RemoteEngine | None]:
@@ -46,13 +47,20 @@ def open_voice(policy: str, sampling: Sampling, settings: Asked) -> tuple[Voice,
     What a server answers is kept beside the stage's output until `RemoteEngine.forget`. Raises DataError and Misuse as
     `load_engine` and `connect` do.
     """
+    journal = None if settings.endpoint is None else journal_beside(settings.out)
+    return open_with(policy, sampling, settings, journal)
+
+
+def open_with(
+    policy: str, sampling: Sampling, settings: Asked, journal: Path | None
+) -> tuple[Voice, RemoteEngine | None]:
+    """The same, for a stage that opens one policy after another. journal: where a server's answers are kept."""
+    rows = settings.batch_size
     if settings.endpoint is None:
-        rows = settings.batch_size
-        engine, tokenizer = load_engine(policy, device=settings.device, dtype=settings.dtype, rows=rows)
+        engine, tokenizer = load.load_engine(policy, device=settings.device, dtype=settings.dtype, rows=rows)
         return Voice(engine, tokenizer, policy_name(policy), *sampling), None
-    journal, at_once = journal_beside(settings.out), settings.batch_size
     server, tokenizer = connect(
-        settings.endpoint, settings.tokenizer or "", model=policy, journal=journal, concurrency=at_once
+        settings.endpoint, settings.tokenizer or "", model=policy, journal=journal, concurrency=rows
     )
     return Voice(server, tokenizer, policy, *sampling), server
 
@@ -69,13 +77,13 @@ def open_scorers(paths: Mapping[str, str], *, device: str, dtype: str, tokens: i
     return scorers
 
 
-def ticker(tally: Tally, progress: console.Progress) -> Callable[[Result], None]:
-    """What moves the bar by each answer that is finished."""
-    tokens = tally.tokens
+def ticker(tally: Tally, progress: console.Progress, name: str = "") -> Callable[[Result], None]:
+    """What moves the bar by each answer that is finished. name: of who answers, where there are several."""
+    tokens, who = tally.tokens, f"{name}: " if name else ""
 
     def tick(result: Result) -> None:
         nonlocal tokens
         tokens += len(result.ids)
-        progress.advance(1, note=f"{tokens / (time.monotonic() - tally.began):,.0f} tokens/s")
+        progress.advance(1, note=f"{who}{tokens / max(time.monotonic() - tally.began, 1e-9):,.0f} tokens/s")
 
     return tick

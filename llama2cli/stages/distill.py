@@ -23,7 +23,7 @@ from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
 from llama2cli.measure.rates import percent, rate, sigmoid
 from llama2cli.settings import Compute, Filter, flag
-from llama2cli.text.chat import TAGS, encode_conversation
+from llama2cli.text.chat import TAGS, encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.output import Output, check_outputs, open_outputs
 from llama2cli.text.records import Record, prompt_id
@@ -485,21 +485,14 @@ def score(
     cases: Sequence[Case], models: Models, settings: Settings, counts: Counts, progress: console.Progress
 ) -> None:
     """Give every answer its logits, each as an answer to the bare prompt."""
-    from llama2cli.sampling.scoring import score_answers
+    from llama2cli.sampling.judging import judge_answers
 
-    for name, scorer in models.scorers.items():
-        done = 0
-
-        def tick(n: int, name: str = name) -> None:
-            nonlocal done
-            done += n
-            progress.advance(0, note=f"{name}: {done:,} scored")
-
-        groups = [(case.place, [*case.plain, *(s for taught in case.taught for s in taught)]) for case in cases]
-        judged = score_answers(scorer, groups, tags="keep" if settings.tags == "keep" else "escape", tick=tick)
-        counts.cut += judged.cut
-        k = settings.samples
-        for case, logits in zip(cases, judged.logits, strict=True):
+    groups = [(case.place, [*case.plain, *(s for taught in case.taught for s in taught)]) for case in cases]
+    found, cut = judge_answers(models.scorers, groups, tags=of_models(settings.tags), progress=progress)
+    counts.cut += cut
+    k = settings.samples
+    for case, by_model in zip(cases, found, strict=True):
+        for name, logits in by_model.items():
             case.logits[name] = [logits[i : i + k] for i in range(0, len(logits), k)]
 
 

@@ -8,10 +8,9 @@ Those of samples and pairs stand in `sampling.samples`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llama2cli import console, provenance
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from llama2cli.sampling.engine import Result
     from llama2cli.sampling.load import Sampling
     from llama2cli.sampling.remote import RemoteEngine
-    from llama2cli.sampling.samples import AnyEngine, Tally, Voice
+    from llama2cli.sampling.samples import Tally, Voice
     from llama2cli.text.tokenizer import Tokenizer
 
 Window = Sequence[tuple[Place, Record]]
@@ -79,8 +78,9 @@ def run(settings: Settings) -> None:
     check(settings)
     requests = some(read_requests(settings), settings.files)
     from llama2cli.sampling.samples import Tally
+    from llama2cli.sampling.voices import drawn_as, ticker
 
-    sampling = first_sampling(settings)
+    sampling = drawn_as(settings.model, settings.endpoint, settings.temperature, settings.top_p)
     second = second_sampling(settings, sampling)
     if sampling.temperature == 0 and settings.samples not in (None, 1):
         raise Misuse(f"greedy answers are all the same: {settings.samples} samples want a --temperature", "--samples")
@@ -89,12 +89,11 @@ def run(settings: Settings) -> None:
         provenance.write(settings.provenance, settings, [*settings.files, *models])
     with open_output(settings, sampling, second, paths=models) as out:
         # 2. the models
-        voices = load_voices(settings, sampling, second)
+        voices, remote = load_voices(settings, sampling, second)
         tally, done = Tally(), out.skip
         # 3. the answers
-        remote = server_of(voices)
         with console.Progress("generate", unit="answers") as progress, remote or nullcontext():
-            tick = advance(progress)
+            tick = ticker(tally, progress)
             for window in windows(out.rest(requests), settings.window):
                 for record in answer(window, voices, settings, tally, tick):
                     out.write(record)
@@ -102,22 +101,8 @@ def run(settings: Settings) -> None:
                 out.commit(done)
     if remote is not None:
         remote.forget()  # the output is complete: the server's answers need not be kept beside it
-    how = drawn_how(sampling)
-    if settings.pairs:
-        how += f" and {drawn_how(second)}"
+    how = sampling.told() + (f" and {second.told()}" if settings.pairs else "")
     console.say(tally.told(how, settings.max_new_tokens))
-
-
-def advance(progress: console.Progress) -> Callable[[Result], None]:
-    """What moves the bar by each answer that is finished."""
-    began, tokens = time.monotonic(), 0
-
-    def tick(result: Result) -> None:
-        nonlocal tokens
-        tokens += len(result.ids)
-        progress.advance(1, note=f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
-
-    return tick
 
 
 def check(settings: Settings) -> None:
@@ -130,16 +115,6 @@ def check(settings: Settings) -> None:
         raise Misuse("the two answers of a pair come from models here, or from one of a server", "--pair")
     if settings.pairs and settings.samples is not None:
         raise Misuse("a prompt gives either samples or a pair: take --samples off, or --pair", "--samples")
-
-
-def first_sampling(settings: Settings) -> Sampling:
-    """How answers are drawn, as the flags or else the model's folder say; a server has no folder that could be read."""
-    from llama2cli.sampling.load import settle_sampling
-    from llama2cli.sampling.remote import settle_remote_sampling
-
-    if settings.endpoint is not None:
-        return settle_remote_sampling(settings.temperature, settings.top_p)
-    return settle_sampling(settings.model, settings.temperature, settings.top_p)
 
 
 def second_sampling(settings: Settings, first: Sampling) -> Sampling:
@@ -167,43 +142,19 @@ def one_model(settings: Settings) -> bool:
     return settings.pair is None or resolve_model(settings.pair).resolve() == resolve_model(settings.model).resolve()
 
 
-def drawn_how(sampling: Sampling) -> str:
-    """ "greedy" or "temperature 0.6, top-p 0.9"."""
-    if sampling.temperature == 0:
-        return "greedy"
-    return f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+def load_voices(settings: Settings, first: Sampling, second: Sampling) -> tuple[list[Voice], RemoteEngine | None]:
+    """Who answers: the model, and for pairs the second one, which is loaded once where it is the same; the server."""
+    from llama2cli.sampling.samples import policy_names
+    from llama2cli.sampling.voices import open_voice
 
-
-def load_voices(settings: Settings, first: Sampling, second: Sampling) -> list[Voice]:
-    """Who answers: the model, and for pairs the second one, which is loaded once where it is the same."""
-    from llama2cli.sampling.load import load_engine
-    from llama2cli.sampling.remote import connect, journal_beside
-    from llama2cli.sampling.samples import Voice, policy_name, policy_names
-
-    options: dict[str, Any] = dict(device=settings.device, dtype=settings.dtype, rows=settings.batch_size)
-    engine: AnyEngine
-    if settings.endpoint is not None:
-        kept, name, at_once = journal_beside(settings.out), settings.model, settings.batch_size
-        engine, tokenizer = connect(
-            settings.endpoint, settings.tokenizer or "", model=name, journal=kept, concurrency=at_once
-        )
-    else:
-        (engine, tokenizer), name = load_engine(settings.model, **options), policy_name(settings.model)
-    voice = Voice(engine, tokenizer, name, *first)
+    voice, server = open_voice(settings.model, first, settings)
     if not settings.pairs:
-        return [voice]
+        return [voice], server
     if settings.pair is None or one_model(settings):
-        return [voice, Voice(engine, tokenizer, name, *second)]
+        return [voice, replace(voice, temperature=second.temperature, top_p=second.top_p)], server
+    other, _ = open_voice(settings.pair, second, settings)
     names = policy_names(settings.model, settings.pair)
-    other, its_tokenizer = load_engine(settings.pair, **options)
-    return [Voice(engine, tokenizer, names[0], *first), Voice(other, its_tokenizer, names[1], *second)]
-
-
-def server_of(voices: Sequence[Voice]) -> RemoteEngine | None:
-    """The server that answers, None where the models are here."""
-    from llama2cli.sampling.remote import RemoteEngine
-
-    return voices[0].engine if isinstance(voices[0].engine, RemoteEngine) else None
+    return [replace(v, policy=name) for v, name in zip((voice, other), names)], None
 
 
 def read_requests(settings: Settings) -> Iterator[tuple[Place, Record]]:

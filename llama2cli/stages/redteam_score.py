@@ -12,7 +12,6 @@ Choices where the paper is silent:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from llama2cli import console
 from llama2cli.errors import DataError, Misuse
 from llama2cli.settings import Compute, Measuring, flag
 from llama2cli.text.folders import resolve_model
-from llama2cli.text.output import SILENT, Output, fingerprint
+from llama2cli.text.output import SILENT, Output, check_outputs, fingerprint
 from llama2cli.text.records import THRESHOLD, Record
 from llama2cli.text.streams import Place, read_records, windows
 
@@ -168,10 +167,8 @@ def check(settings: Settings) -> None:
         raise Misuse("there are no answers without --policy", "--answers")
     if settings.temperature == 0 and settings.top_p not in (0.9, 1):
         console.warn("--top-p does nothing at temperature 0")
-    names: dict[str, str] = {}
-    for name, path in (("--out", settings.out), ("--violating", settings.violating), ("--answers", settings.answers)):
-        if path is not None and names.setdefault(path, name) != name:
-            raise Misuse(f"is given to {names[path]} too", name, path)
+    outputs = (("--out", settings.out), ("--violating", settings.violating), ("--answers", settings.answers))
+    check_outputs(outputs, [*settings.files, *([settings.judgements] if settings.judgements else [])])
     for path in (*settings.policy, *judges):
         resolve_model(path)  # a misspelt one is told before anything is read
 
@@ -198,6 +195,7 @@ def answer(prompts: Prompts, settings: Settings) -> list[Mitigated]:
     """Have each candidate answer every prompt, and judge the answers; window by window, a killed command goes on."""
     from llama2cli.sampling.load import load_engine
     from llama2cli.sampling.samples import Tally, Voice
+    from llama2cli.sampling.voices import ticker
 
     names = names_of(settings.policy)
     asked = [(place, {"candidate": number, **prompt}) for number in range(len(names)) for place, prompt in prompts]
@@ -283,7 +281,7 @@ def sampled(
     from llama2cli.measure.rates import sigmoid
     from llama2cli.sampling.judging import score_answers
     from llama2cli.sampling.samples import fits, sample_records, with_system
-    from llama2cli.text.chat import encode_conversation
+    from llama2cli.text.chat import encode_conversation, of_models
 
     asked = []
     for place, prompt in window:
@@ -313,17 +311,11 @@ def sampled(
     if scorer is None:
         yield from ((record, without(sample)) for _, record, sample in found)
         return
-    logits = score_answers(
-        scorer,
-        [record for _, record, _ in found],
-        [sample["messages"][-1]["content"] for _, _, sample in found],
-        [sample["truncated"] for _, _, sample in found],
-        [place for place, _, _ in found],
-        tags="keep" if settings.tags == "keep" else "escape",
-    )
+    groups = [(place, [sample]) for place, _, sample in found]
+    judged = score_answers(scorer, groups, tags=of_models(settings.tags))
     field_, limit = ("safe", THRESHOLD) if settings.rm_safe is not None else ("violation_score", 0.5)
     limit = limit if settings.threshold is None else settings.threshold
-    for (_, record, sample), logit in zip(found, logits, strict=True):
+    for (_, record, sample), [logit] in zip(found, judged.logits, strict=True):
         score = sigmoid(logit)
         violates = score < limit if field_ == "safe" else score > limit
         yield record, {**without(sample), field_: score, "violation": violates}
@@ -332,18 +324,6 @@ def sampled(
 def without(sample: Record) -> Record:
     """A Sample without `own_id`, which a system prompt gives it."""
     return {key: value for key, value in sample.items() if key != "own_id"}
-
-
-def ticker(tally: Tally, progress: console.Progress) -> Callable[[Result], None]:
-    """What moves the bar by each answer that is finished."""
-    tokens = tally.tokens
-
-    def tick(result: Result) -> None:
-        nonlocal tokens
-        tokens += len(result.ids)
-        progress.advance(1, note=f"{tokens / max(time.monotonic() - tally.began, 1e-9):,.0f} tokens/s")
-
-    return tick
 
 
 # --- judgements of people -----------------------------------------------------------------------------------------

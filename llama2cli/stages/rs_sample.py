@@ -15,8 +15,7 @@ Choices where the paper is silent:
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from llama2cli import console, provenance
 from llama2cli.errors import Misuse
 from llama2cli.measure.rates import sigmoid
 from llama2cli.settings import Compute, Filter, flag
-from llama2cli.text.chat import TAGS, encode_conversation, encode_dialogue
+from llama2cli.text.chat import TAGS, encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.output import Output, check_outputs, open_outputs
 from llama2cli.text.pool import FromPool, Pool
@@ -35,7 +34,6 @@ from llama2cli.text.streams import Place, read_records, read_texts, some, window
 
 if TYPE_CHECKING:
     from llama2cli.measure.best_of import Temperature
-    from llama2cli.sampling.engine import Result
     from llama2cli.sampling.remote import RemoteEngine
     from llama2cli.sampling.samples import Tally, Voice
     from llama2cli.sampling.scoring import Scorer
@@ -287,29 +285,12 @@ def asked(
 
 def load(settings: Settings, rewarders: dict[str, str]) -> Models:
     """The policy and the reward models; a folder that is named twice is loaded once."""
-    from llama2cli.sampling.load import load_engine
-    from llama2cli.sampling.remote import connect, journal_beside
-    from llama2cli.sampling.samples import Voice, policy_name
-    from llama2cli.sampling.scoring import Scorer
+    from llama2cli.sampling.load import Sampling
+    from llama2cli.sampling.voices import open_scorers, open_voice
 
-    name, rows, server = settings.policy, settings.batch_size, None
-    if settings.endpoint is not None:
-        journal = journal_beside(settings.out)
-        server, tokenizer = connect(
-            settings.endpoint, settings.tokenizer or "", model=name, journal=journal, concurrency=rows
-        )
-        voice = Voice(server, tokenizer, name, settings.temperature[0], settings.top_p)
-    else:
-        engine, tokenizer = load_engine(name, device=settings.device, dtype=settings.dtype, rows=rows)
-        voice = Voice(engine, tokenizer, policy_name(name), settings.temperature[0], settings.top_p)
-    held: dict[Any, Scorer] = {}
-    scorers = {}
-    for name, path in rewarders.items():
-        folder = resolve_model(path)
-        if folder not in held:
-            held[folder] = Scorer.load(path, device=settings.device, dtype=settings.dtype, tokens=settings.batch_tokens)
-        scorers[name] = held[folder]
-    return Models(voice, scorers, server)
+    voice, server = open_voice(settings.policy, Sampling(settings.temperature[0], settings.top_p), settings)
+    compute = {"device": settings.device, "dtype": settings.dtype}
+    return Models(voice, open_scorers(rewarders, **compute, tokens=settings.batch_tokens), server)
 
 
 def sample(
@@ -323,6 +304,7 @@ def sample(
 ) -> list[Contest]:
     """The answers that compete for each prompt of a window; one too long for a context is left out, or an error."""
     from llama2cli.sampling.samples import fits, sample_records
+    from llama2cli.sampling.voices import ticker
 
     context = min(scorer.context for scorer in models.scorers.values())
     tokenizer = next(iter(models.scorers.values())).tokenizer
@@ -357,18 +339,6 @@ def sample(
     return contests
 
 
-def ticker(tally: Tally, progress: console.Progress) -> Callable[[Result], None]:
-    """What moves the bar by each answer that is finished."""
-    tokens = tally.tokens
-
-    def tick(result: Result) -> None:
-        nonlocal tokens
-        tokens += len(result.ids)
-        progress.advance(1, note=f"{tokens / (time.monotonic() - tally.began):,.0f} tokens/s")
-
-    return tick
-
-
 def tagged(sample: Record, prompt: Record) -> Record:
     """A Sample of the pool without the scores that it had, and with the prompt's tag, which is this run's to say."""
     kept = {k: v for k, v in sample.items() if k not in (*SCORES, "unsafe")}
@@ -379,53 +349,24 @@ def score(
     contests: Sequence[Contest], models: Models, settings: Settings, counts: Counts, progress: console.Progress
 ) -> None:
     """Give every answer its logits and its reward. Answers to one prompt that are the same are computed once."""
-    tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
-    for name, scorer in models.scorers.items():
-        sequences: list[list[int]] = []
-        where: list[int] = []  # the sequence of each answer
-        for contest in contests:
-            known: dict[tuple[int, ...], int] = {}
-            for s in contest.samples:
-                whole = encode_dialogue(
-                    scorer.tokenizer, s["messages"], truncated=s["truncated"], tags=tags, place=contest.place
-                ).ids
-                ids = whole[: scorer.context]
-                if len(ids) < len(whole):
-                    what = f"the answer ends behind the context of the reward model, {scorer.context:,} tokens"
-                    console.warn(
-                        f"{contest.place.file}:{contest.place.line}: {what}", "answers scored where they are cut"
-                    )
-                    counts.cut += 1
-                if (key := tuple(ids)) not in known:
-                    known[key] = len(sequences)
-                    sequences.append(ids)
-                where.append(known[key])
-        done = 0
+    from llama2cli.sampling.judging import judge_answers
 
-        def tick(n: int, name: str = name, total: int = len(sequences)) -> None:
-            nonlocal done
-            done += n
-            progress.advance(0, note=f"{name}: {done:,}/{total:,} scored")
-
-        found = scorer.score(sequences, tick=tick)
-        logits = iter(found[i] for i in where)
-        for contest in contests:
-            contest.logits[name] = [next(logits) for _ in contest.samples]
-    for contest in contests:
+    groups = [(contest.place, contest.samples) for contest in contests]
+    found, cut = judge_answers(models.scorers, groups, tags=of_models(settings.tags), progress=progress)
+    counts.cut += cut
+    for contest, logits in zip(contests, found, strict=True):
+        contest.logits = logits
         contest.rewards = rewards_of(contest)
 
 
 def rewards_of(contest: Contest) -> list[float]:
     """The reward of each answer: by the piecewise rule, or the score of the one model."""
-    import torch
-
-    from llama2cli.rlhf.rewards import piecewise
+    from llama2cli.rlhf.rewards import combined
 
     if len(contest.logits) == 1:
         return next(iter(contest.logits.values()))
-    help_N, safe_N = (torch.tensor(contest.logits[name], dtype=torch.float64) for name in ("help", "safe"))
-    unsafe_N = torch.full(help_N.shape, bool(contest.prompt.get("unsafe")))
-    return piecewise(help_N, safe_N, unsafe_N).tolist()
+    unsafe = [bool(contest.prompt.get("unsafe"))] * len(contest.samples)
+    return combined(contest.logits["help"], contest.logits["safe"], unsafe)[0]
 
 
 def scored(contest: Contest, i: int) -> Record:

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2cli import console, provenance
@@ -131,16 +130,9 @@ def models(settings: Settings) -> dict[str, str]:
 
 def load(paths: dict[str, str], settings: Settings) -> dict[str, Scorer]:
     """The models; one that is named twice is loaded once."""
-    from llama2cli.sampling.scoring import Scorer
+    from llama2cli.sampling.voices import open_scorers
 
-    held: dict[Path, Scorer] = {}
-    scorers = {}
-    for name, path in paths.items():
-        folder = resolve_model(path)
-        if folder not in held:
-            held[folder] = Scorer.load(path, device=settings.device, dtype=settings.dtype, tokens=settings.batch_tokens)
-        scorers[name] = held[folder]
-    return scorers
+    return open_scorers(paths, device=settings.device, dtype=settings.dtype, tokens=settings.batch_tokens)
 
 
 # --- dialogues to ids ---------------------------------------------------------------------------------------------
@@ -222,14 +214,12 @@ def selected(
     records: Sequence[Record], help_logits: list[float], safe_logits: list[float], counts: Counts
 ) -> list[float]:
     """The reward of each record, by the piecewise rule."""
-    import torch
+    from llama2cli.rlhf.rewards import combined
 
-    from llama2cli.rlhf.rewards import by_safety, piecewise
-
-    help_N, safe_N = (torch.tensor(x, dtype=torch.float64) for x in (help_logits, safe_logits))
-    unsafe_N = torch.tensor([record.get("unsafe", False) for record in records], dtype=torch.bool)
-    counts.by_safety += int(by_safety(safe_N, unsafe_N).sum())
-    return piecewise(help_N, safe_N, unsafe_N).tolist()
+    unsafe = [bool(record.get("unsafe")) for record in records]
+    rewards, by_safety = combined(help_logits, safe_logits, unsafe)
+    counts.by_safety += sum(by_safety)
+    return rewards
 
 
 # --- telling ------------------------------------------------------------------------------------------------------

@@ -44,7 +44,13 @@ TEMPLATE = (
 TAGS = re.compile(r"\[/?INST\]|<</?SYS>>")
 
 Tags = Literal["escape", "refuse", "keep"]
+Written = Literal["escape", "keep"]
 Message = Mapping[str, Any]
+
+
+def of_models(tags: Tags) -> Written:
+    """What is done about tags in what a model wrote, where --tags says it of what people typed: never an error."""
+    return "keep" if tags == "keep" else "escape"
 
 
 @dataclass(frozen=True)

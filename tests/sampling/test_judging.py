@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 import ppo_kit
 
 from llama2cli.errors import DataError
-from llama2cli.sampling.judging import score_answers
+from llama2cli.sampling import judging
 from llama2cli.sampling.scoring import Scorer
 from llama2cli.text.streams import Place
 
@@ -55,6 +55,17 @@ def by_hand(kit: Path, theirs: Any, question: str, answer: str, cut: bool, conte
 
 def ask(question: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}]}
+
+
+def score_answers(
+    scorer: Scorer, prompts: list[Any], answers: list[str], cut: list[bool], places: list[Place], **how: Any
+) -> list[float]:
+    """One answer to each prompt."""
+    groups = []
+    for prompt, answer, truncated, where in zip(prompts, answers, cut, places, strict=True):
+        messages = [*prompt["messages"], {"role": "assistant", "content": answer}]
+        groups.append((where, [{"messages": messages, "truncated": truncated}]))
+    return [logit for [logit] in judging.score_answers(scorer, groups, **how).logits]
 
 
 def test_scores_are_those_of_transformers(kit: Path, scorer: Scorer, theirs: Any) -> None:
@@ -112,8 +123,3 @@ def test_scores_that_are_not_finite_are_an_error(kit: Path) -> None:
     broken.model.score.data[:] = float("inf")
     with pytest.raises(DataError, match="not finite"):
         score_answers(broken, [ask("who?")], ["fox"], [False], place(1))
-
-
-def test_lists_of_unequal_length_are_refused(scorer: Scorer) -> None:
-    with pytest.raises(ValueError):
-        score_answers(scorer, [ask("who?")], ["fox", "bear"], [False], place(1))

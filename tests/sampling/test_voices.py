@@ -9,7 +9,8 @@ import pytest
 from llama2cli import cli
 from llama2cli.errors import DataError
 from llama2cli.sampling import voices
-from llama2cli.sampling.scoring import Scorer, score_answers
+from llama2cli.sampling.judging import score_answers
+from llama2cli.sampling.scoring import Scorer
 from llama2cli.text.chat import encode_dialogue
 from llama2cli.text.streams import Place
 from llama2cli.text.tokenizer import Tokenizer

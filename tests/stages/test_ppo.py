@@ -773,7 +773,8 @@ def test_memory_is_what_a_run_holds(large: Path, changes: dict[str, Any]) -> Non
         records = [job.prompts.records[i] for i in chosen]
         places = [job.prompts.places[i] for i in chosen]
         for scorer in roles.scorers.values():
-            rollout.score_answers(scorer, records, answered.texts, [False] * 12, places)
+            asked = rollout.answered(records, places, answered.texts, [False] * 12)
+            rollout.score_answers(scorer, asked)
 
     prompts = [job.prompts.ids[i].tolist() for i in chosen]
     found = {

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +14,16 @@ from llama2cli import console
 from llama2cli.measure.rates import sigmoid
 from llama2cli.nn import checkpoint
 from llama2cli.rlhf import credit
-from llama2cli.rlhf.rewards import by_safety, piecewise
+from llama2cli.rlhf.rewards import combined
 from llama2cli.sampling.engine import Engine, Result
 from llama2cli.sampling.judging import score_answers
 from llama2cli.sampling.sampler import SampleParams
 from llama2cli.sampling.samples import answer_text
 from llama2cli.stages.ppo.job import Job
 from llama2cli.stages.ppo.roles import Roles, at_work
+from llama2cli.text.chat import of_models
+from llama2cli.text.records import Record
+from llama2cli.text.streams import Place
 from llama2cli.training import dist
 from llama2cli.training.answers import Answers, Read, exact_kl
 from llama2cli.training.dist import World
@@ -85,7 +87,7 @@ def roll_out(
         with at_work(job, [roles.reference]):
             ref_M = job.rows.read(roles.reference, answers, torch.float32, k=2)[0]
         kl_M = credit.kl(job.terms, logprobs_M, ref_M, exact_M)
-        tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
+        tags = of_models(settings.tags)
         read = [answer_text(r, job.start.tokenizer, tags) for r in results]
         for place, (_, escaped) in zip(places, read):
             if escaped:
@@ -93,11 +95,13 @@ def roll_out(
                 console.warn(told, "answers with tags of the chat format")
         texts = [text for text, _ in read]
         cut = [r.truncated for r in results]
+        asked = answered(records, places, texts, cut)
         logits: dict[str, list[float]] = {}
         with at_work(job, roles.judges):
             for name, scorer in roles.scorers.items():
                 if name != "judge" or heldout:
-                    logits[name] = score_answers(scorer, records, texts, cut, places, tags=tags, tick=tick)
+                    found = score_answers(scorer, asked, tags=tags, tick=tick).logits
+                    logits[name] = [logit for [logit] in found]
         lengths = [len(r.ids) for r in results]
         columns = rewards(logits, [bool(r.get("unsafe")) for r in records])
         columns |= {"length": list(map(float, lengths)), "cut": list(map(float, cut))}
@@ -145,14 +149,23 @@ def read_learners(
     return logprobs_M, values_M
 
 
+def answered(
+    records: Sequence[Record], places: Sequence[Place], texts: Sequence[str], cut: Sequence[bool]
+) -> list[tuple[Place, list[Record]]]:
+    """The dialogue of each prompt with its answer, as `score_answers` takes them."""
+    told = [{"role": "assistant", "content": text} for text in texts]
+    return [
+        (place, [{"messages": [*record["messages"], answer], "truncated": truncated}])
+        for record, place, answer, truncated in zip(records, places, told, cut, strict=True)
+    ]
+
+
 def rewards(logits: Mapping[str, list[float]], unsafe: list[bool]) -> dict[str, list[float]]:
     """Columns of answers from the logits of reward models: the piecewise reward, or the score of the one model."""
     columns = {name: list(map(sigmoid, logits[name])) for name in ("help", "safe") if name in logits}
     if len(columns) == 2:
-        help_N, safe_N = (torch.tensor(logits[name], dtype=torch.float64) for name in columns)
-        tags_N = torch.tensor(unsafe, dtype=torch.bool)
-        columns["reward"] = piecewise(help_N, safe_N, tags_N).tolist()
-        columns["by_safety"] = by_safety(safe_N, tags_N).double().tolist()
+        columns["reward"], safety = combined(logits["help"], logits["safe"], unsafe)
+        columns["by_safety"] = list(map(float, safety))
     else:
         columns["reward"] = logits[next(iter(columns))]
     return columns | ({"judge": logits["judge"]} if "judge" in logits else {})
