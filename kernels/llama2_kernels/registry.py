@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,20 +46,25 @@ def available() -> bool:
     return HAS_TRITON and (INTERPRET or torch.cuda.is_available())
 
 
+# Is the body of an operator running that torch runs as it stands, eagerly: no compiler follows its launches.
+_opaque: ContextVar[bool] = ContextVar("_opaque", default=False)
+
+
 # --- registration -------------------------------------------------------------------------------------------------
 
 
-def op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def op(name: str, fake: Callable[..., Any], *, whole: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Register a function of tensors as operator `llama2_kernels::name`; it mutates nothing and returns new tensors.
 
     Compiled kernels become a `triton_op`, whose body Inductor sees. The interpreter cannot run on fake tensors: there a
-    `custom_op` with the same body and schema, and `fake`, which must give the same shapes, strides and dtypes. The
-    result has `register_autograd`, and `.launcher`, the undecorated function (for `record`).
+    `custom_op` with the same body and schema, and `fake`, which must give the same shapes, strides and dtypes; so with
+    `whole`, for a body that no compiler should unroll: a loop over pieces whose number depends on a shape.
+    The result has `register_autograd`, and `.launcher`, the undecorated function (for `record`).
     """
 
     def register(fn: Any) -> Any:
         made: Any
-        if HAS_TRITON and not INTERPRET:
+        if HAS_TRITON and not INTERPRET and not whole:
             made = torch.library.triton_op(f"{NAMESPACE}::{name}", fn, mutates_args=())
             # torch keys its cache of compiled graphs by the sources of an operator's kernels, and looks for the word
             # wrap_triton to find them: it is told, so that a graph compiled before a kernel was changed is not reused.
@@ -67,7 +73,16 @@ def op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], An
                 kernels = [k for k in fn.__globals__.values() if isinstance(k, triton.runtime.JITFunction)]
                 known[f"{NAMESPACE}::{name}"] = kernels
         else:
-            made = torch.library.custom_op(f"{NAMESPACE}::{name}", fn, mutates_args=())
+
+            def body(*args: Any, **named: Any) -> Any:
+                token = _opaque.set(True)
+                try:
+                    return fn(*args, **named)
+                finally:
+                    _opaque.reset(token)
+
+            schema = torch.library.infer_schema(fn, mutates_args=())
+            made = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=(), schema=schema)
             made.register_fake(fake)
         made.launcher = fn
         return made
@@ -87,7 +102,8 @@ def launch(kernel: Any) -> Any:
         return _Recorder(kernel)
     if not HAS_TRITON:
         raise RuntimeError("triton is not installed")
-    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+    # Only what a compiler looks into goes by torch's wrapper, whose launch costs a millisecond (torch's own figure).
+    return kernel if INTERPRET or _opaque.get() else torch.library.wrap_triton(kernel)
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -162,7 +178,9 @@ class Case:
     per_sm: int | None = None  # programs per multiprocessor that a persistent kernel is launched with
     spill_bytes: int = 0  # allowed, where that is stated
     elements: int = 0  # of a token, that bytes per element are counted in: the width of a row
-    turns: float | None = None  # of the loop that reads memory, in a program; a persistent kernel's follow from its grid
+    turns: float | None = (
+        None  # of the loop that reads memory, in a program; a persistent kernel's follow from its grid
+    )
     notes: dict[str, Any] = field(default_factory=dict)
 
 

@@ -84,6 +84,19 @@ with FakeTensorMode():
     graph = make_fx(lambda x: t.scaled.launcher(x, 2.0))(torch.empty(1000, device="cuda"))
 assert "triton_kernel_wrapper" in graph.code, graph.code
 assert torch._library.triton.get_triton_kernels_for_op("llama2_kernels::test_scaled") == [t._scaled]
+
+# A whole operator launches its kernel itself; one whose body is compiled, in torch's wrapper while it is traced.
+def kind(x: torch.Tensor) -> torch.Tensor:
+    kinds.append(type(registry.launch(t._scaled)))
+    return x.clone()
+
+kinds, fake = [], lambda x: x.new_empty(x.shape)
+registry.op("test_whole", fake, whole=True)(kind)(torch.randn(2))
+registry.op("test_open", fake)(kind)(torch.randn(2))
+assert kinds == [type(t._scaled)] * 2, kinds
+with FakeTensorMode():
+    kind(torch.randn(2))
+assert kinds[2] != type(t._scaled), kinds
 """
 
 WITHOUT = """
