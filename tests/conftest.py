@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def speaking() -> None:
     """A command that an earlier test ran with --quiet does not silence this one."""
     console.configure("llama2", quiet=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_kernels() -> Iterator[None]:
+    """A command that a test runs here chooses kernels; the next file of tests finds what was there before."""
+    ops = sys.modules.get("llama2cli.nn.ops")
+    before = ops.choices() if ops else None
+    yield
+    ops = sys.modules.get("llama2cli.nn.ops")
+    if ops is not None:
+        ops.restore(before or {**ops.choices(), "picks": {}})
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,8 @@ def far(kl: float, bound: float) -> str | None:
     )
 
 
-def rounding(gap: float, bound: float = 0.01) -> str | None:
-    """Whether the ratio of new to old probability, before any update, is farther from 1 than rounding makes it."""
+def rounding(gap: float, bound: float) -> str | None:
+    """Whether the ratio of a token's probability in training to that in sampling is farther from 1 than rounding."""
     if gap > bound:
         return f"sampling and training differ by {gap:.2g} in the probability of a token: try --old-logprobs recomputed"
     return None
@@ -39,9 +39,9 @@ def rounding(gap: float, bound: float = 0.01) -> str | None:
 def gamed(now: Mapping[str, Any], best: Mapping[str, Any]) -> str | None:
     """Whether the held-out reward is above what it was when the judge liked best, and the judge likes less.
 
-    now, best: {"reward", "judge", "judge_error"} of a measurement; the judge's fall counts beyond one standard error.
+    now, best: {"reward", "judge", "judge_error"} of a measurement; the judge's fall counts beyond two standard errors.
     """
-    if now["reward"] > best["reward"] and now["judge"] < best["judge"] - now["judge_error"]:
+    if now["reward"] > best["reward"] and now["judge"] < best["judge"] - 2 * now["judge_error"]:
         told = f"reward {best['reward']:.3g} -> {now['reward']:.3g}, judge {best['judge']:.3g} -> {now['judge']:.3g}"
         return f"on held-out prompts the reward rises and the judge turns away: {told}"
     return None

@@ -73,14 +73,15 @@ def not_finite() -> DataError:
 
 
 class Engine:
-    """Answers prompts with one model. rows: how many are decoded together at most.
+    """Answers prompts with one model. rows: how many are decoded together at most. compiles: on a GPU, steps may be
+    compiled, which is faster and rounds as the order of shapes in this process has it.
 
     Where the model has more rows than the tokenizer has pieces (a padded vocabulary), those ids are never drawn, and
     have no part in the probabilities.
     """
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, *, rows: int = 64) -> None:
-        self.model, self.rows, self.eos_id = model, rows, tokenizer.eos_id
+    def __init__(self, model: Llama, tokenizer: Tokenizer, *, rows: int = 64, compiles: bool = True) -> None:
+        self.model, self.rows, self.eos_id, self.compiles = model, rows, tokenizer.eos_id, compiles
         self.vocab_size = tokenizer.vocab_size
         self.context = model.config.max_position_embeddings
         self.decoder = Decoder(model, rows)
@@ -202,7 +203,7 @@ class Batch:
         memory = cache_bytes(device)
         self.share(list(seen.values()), int(STEM_SHARE * memory))
         self.limits = limits = [room(prompt, p, engine.context) for prompt, p in zip(prompts, params)]
-        form = choose(device, sum(limits) // min(engine.rows, len(prompts)))
+        form = choose(device, sum(limits) // min(engine.rows, len(prompts)), engine.compiles)
         size = whole(max(len(prompt) + limit for prompt, limit in zip(prompts, limits)), form)
         most = max(1, memory // row_bytes(engine.model, size))
         self.rows = rows = min(engine.rows, len(prompts), most)

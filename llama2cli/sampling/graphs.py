@@ -49,8 +49,9 @@ Recorder = Callable[[Callable[[], object]], Replay]  # runs the work, and gives 
 _failed: set[str] = set()  # forms that this process has found not to work
 
 
-def choose(device: torch.device, steps: int) -> str:
-    """The form for so many steps on a device. Raises Misuse for a LLAMA2_DECODE that is none."""
+def choose(device: torch.device, steps: int, compiles: bool = True) -> str:
+    """The form for so many steps on a device. compiles: where it is free to choose. Raises Misuse for a LLAMA2_DECODE
+    that is none."""
     asked = os.environ.get(VARIABLE, "auto")
     if asked not in (*FORMS, "auto"):
         raise Misuse(f"expected one of auto, {', '.join(FORMS)}, got {asked!r}", VARIABLE)
@@ -59,7 +60,13 @@ def choose(device: torch.device, steps: int) -> str:
             console.warn(f"{VARIABLE}={asked} is for a GPU: decoding is plain on a {device.type}", VARIABLE)
         return "plain"
     if asked == "auto":
-        asked = "plain" if ops.choices()["mode"] == "plain" else "compiled" if steps >= COMPILE_STEPS else "graphs"
+        asked = (
+            "plain"
+            if ops.choices()["mode"] == "plain"
+            else "compiled"
+            if compiles and steps >= COMPILE_STEPS
+            else "graphs"
+        )
     if asked == "compiled" and "compiled" in _failed:
         asked = "graphs"
     return "plain" if asked == "graphs" and "graphs" in _failed else asked

@@ -66,7 +66,7 @@ def test_gamed(now: dict[str, float], alarmed: bool) -> None:
 
 @pytest.mark.parametrize(("gap", "alarmed"), [(0, False), (0.01, False), (0.011, True)])
 def test_rounding(gap: float, alarmed: bool) -> None:
-    found = alarms.rounding(gap)
+    found = alarms.rounding(gap, 0.01)
     assert (found is not None) == alarmed
     if found:
         assert "--old-logprobs recomputed" in found

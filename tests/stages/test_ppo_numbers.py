@@ -27,11 +27,10 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels() -> Iterator[None]:
     """A command takes the fast forms of this machine; other tests find what was there before."""
     from llama2cli.nn import ops
 
-    monkeypatch.setenv("LLAMA2_DECODE", "plain")
     before = ops.choices()
     yield
     ops.restore(before)

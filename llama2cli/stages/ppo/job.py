@@ -190,21 +190,24 @@ def read(
     settings: Settings, named: Sequence[Named], prompts: Prompts, start: Start, scorers: Mapping[str, Path]
 ) -> list[Part]:
     """Read files into the store: a part for each. A prompt that leaves no room for an answer is an error."""
-    readers = {start.tokenizer.sha256: (start.tokenizer, start.context)}  # by tokenizer, the shortest context
-    for folder in scorers.values():
+    readers = {start.tokenizer.sha256: (start.tokenizer, start.context, "the prompt")}  # by tokenizer
+    for name, folder in scorers.items():
         tokenizer, context = Tokenizer.load(folder), checkpoint.load_config(folder, SCORER).max_position_embeddings
-        other, shortest = readers.get(tokenizer.sha256, (tokenizer, context))
-        readers[tokenizer.sha256] = other, min(shortest, context)
+        known = readers.get(tokenizer.sha256)
+        if known is None or context < known[1]:  # the shortest context decides
+            flag = "--judge" if name == "judge" else f"--rm-{name}"
+            readers[tokenizer.sha256] = tokenizer, context, f"for {flag} the prompt"
     tally, parts = Tally(), []
     for source in named:
         before = len(prompts.ids)
         for place, plain in read_prompts(settings, source.path):
             record = with_system(plain, settings.system)
             found = [
-                (encode_conversation(tokenizer, record["messages"], tags=settings.tags, place=place).ids, context)
-                for tokenizer, context in readers.values()
+                (encode_conversation(tokenizer, record["messages"], tags=settings.tags, place=place).ids, context, what)
+                for tokenizer, context, what in readers.values()
             ]
-            if all(fits(ids, context, place, skip=settings.skip_long, tally=tally) for ids, context in found):
+            skip = settings.skip_long
+            if all(fits(ids, context, place, skip=skip, tally=tally, what=what) for ids, context, what in found):
                 prompts.ids.add(found[0][0])
                 prompts.records.append(record)
                 prompts.places.append(place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -70,7 +69,6 @@ def train(job: Job, held: Held, stop: Stop) -> dict[str, Any]:
             console.say(f"{folder.folder}: ended early at step {at.step:,}; --patience 0 and a new run go further")
         elif at.step < job.resolved["steps"]:
             session.set_up(job.world, job.settings.seed, job.settings.kernels, machine, folder.folder)
-            os.environ.setdefault("LLAMA2_DECODE", "graphs")  # compiled steps may round otherwise in a resumed process
             memory.show(job, held)
             Loop(job, folder, at, stop).run()
             show_end(folder)
@@ -165,6 +163,9 @@ class Loop:
             "kl_estimator": job.terms.estimator,
             **lesson.told,
             **updated,
+            "sampling_gap": float(rollout.table["gap"].sum()) / n_tokens
+            if "gap" in rollout.table
+            else updated["ratio_gap"],
             "lr": roles.policy.schedule.lr(at.step),
             "seen": position["seen"],
         }
@@ -194,7 +195,7 @@ class Loop:
             self.save(metrics, candidate=True)
         bar.advance(1, note(metrics, seconds))
         for alarm in alarms:
-            console.warn(f"step {at.step:,}: {alarm}")
+            console.warn(f"step {at.step:,}: {alarm}", f"alarms: {alarm.partition(':')[0]}")
         if measured:
             bar.say(f"step {at.step:,}: {told_heldout(metrics['heldout'])}")
         if at.extra["ended"]:
@@ -208,7 +209,7 @@ class Loop:
         found = [
             alarms.length_drift(length, self.at.extra["first_length"], settings.alarm_length),
             alarms.far(metrics["kl"], settings.alarm_kl),
-            alarms.rounding(metrics["ratio_gap"]),
+            alarms.rounding(metrics["sampling_gap"], 0.01 if self.job.resolved["dtype"] == "fp32" else 0.05),
         ]
         if "heldout" in metrics and settings.judge is not None:
             found.append(alarms.gamed(metrics["heldout"], self.at.extra["held"]))

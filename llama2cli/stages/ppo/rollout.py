@@ -82,8 +82,8 @@ def roll_out(
         prompts = [job.prompts.ids[chosen[j]].tolist() for j in mine]
         answers, results, exact_M = sample(job, roles, prompts, [indices[j] for j in mine], tick)
     with clock(seconds, "scoring", world):
-        logprobs_M = torch.tensor([x for r in results for x in r.sampled_logprobs])
-        logprobs_M, values_M = read_learners(job, roles, answers, logprobs_M, values=not heldout)
+        sampled_M = torch.tensor([x for r in results for x in r.sampled_logprobs])
+        logprobs_M, values_M = read_learners(job, roles, answers, sampled_M, values=not heldout)
         with at_work(job, [roles.reference]):
             ref_M = job.rows.read(roles.reference, answers, torch.float32, k=2)[0]
         kl_M = credit.kl(job.terms, logprobs_M, ref_M, exact_M)
@@ -106,6 +106,9 @@ def roll_out(
         columns = rewards(logits, [bool(r.get("unsafe")) for r in records])
         columns |= {"length": list(map(float, lengths)), "cut": list(map(float, cut))}
         columns["kl"] = [float(part.sum()) for part in kl_M.split(lengths)]
+        if not (job.sampled_logprobs or heldout):
+            gap_M = ((logprobs_M - sampled_M).exp() - 1).abs()
+            columns["gap"] = [float(part.sum()) for part in gap_M.split(lengths)]
         table = everyones(world, columns, mine, len(chosen))
     return Rollout(mine, answers, texts, logprobs_M, kl_M, values_M, table)
 
@@ -119,7 +122,8 @@ def sample(
     """
     settings, context = job.settings, job.start.context
     whole = consolidated(roles.policy.model, checkpoint.DTYPES[job.resolved["dtype"]], job.world)
-    engine = Engine(whole, job.start.tokenizer, rows=settings.rollout_rows)
+    # the form of steps is the same in every process, which compiled ones need not be: a resumed run draws the same
+    engine = Engine(whole, job.start.tokenizer, rows=settings.rollout_rows, compiles=False)
     params = [
         SampleParams(min(settings.max_new_tokens, context - len(p)), settings.temperature, 1.0, settings.seed, i)
         for p, i in zip(prompts, indices)
