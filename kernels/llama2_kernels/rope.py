@@ -90,58 +90,6 @@ def _angles(TABLE, position, head, row_stride, S, D: tl.constexpr, HALF: tl.cons
 
 
 @jit
-def _turn(
-    X, Y, COS, SIN, POS, t, out, there, first, t_stride, h_stride, cos_row, sin_row, p_token, S,
-    WIDTH: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
-    INTERLEAVED: tl.constexpr, BACK: tl.constexpr, TURN: tl.constexpr,
-):  # fmt: skip
-    """Heads first, first + 1, ... below H of some tokens, turned or only copied, to rows of WIDTH elements.
-
-    What is turned is asked for before its positions, and these before the table that they lead to.
-    """
-    head = first + tl.arange(0, BH)[None, :, None]
-    if H % BH == 0:
-        mask = there
-    else:
-        mask = there & (head < H)
-    x = X + t * t_stride + tl.cast(head, tl.int64) * h_stride
-    y = Y + out * WIDTH + head * D
-    whole = tl.arange(0, 2 * HALF)[None, None, :]
-    half = tl.arange(0, HALF)[None, None, :]
-    if 2 * HALF == D:
-        whole_mask = mask
-        half_mask = mask
-    else:
-        whole_mask = mask & (whole < D)
-        half_mask = mask & (half < D // 2)
-    if INTERLEAVED or not TURN:
-        v = tl.load(x + whole, mask=whole_mask, other=0.0, eviction_policy="evict_first")
-    else:
-        a = tl.load(x + half, mask=half_mask, other=0.0, eviction_policy="evict_first")
-        b = tl.load(x + D // 2 + half, mask=half_mask, other=0.0, eviction_policy="evict_first")
-    if TURN:
-        if POS is None:
-            position = t
-        else:
-            position = tl.load(POS + t * p_token, mask=there, other=0).to(tl.int64)
-        cos = _angles(COS, position, head, cos_row, S, D, HALF)
-        sin = _angles(SIN, position, head, sin_row, S, D, HALF)
-        if BACK:
-            sin = -sin
-        if INTERLEAVED:
-            a, b = tl.split(tl.reshape(_wide(v), (v.shape[0], v.shape[1], HALF, 2)))
-            pair = tl.join(a * cos - b * sin, b * cos + a * sin)
-            v = tl.reshape(pair, (v.shape[0], v.shape[1], 2 * HALF))
-        else:
-            a = _wide(a)
-            b = _wide(b)
-            tl.store(y + half, (a * cos - b * sin).to(Y.dtype.element_ty), mask=half_mask)
-            tl.store(y + D // 2 + half, (b * cos + a * sin).to(Y.dtype.element_ty), mask=half_mask)
-    if INTERLEAVED or not TURN:
-        tl.store(y + whole, v.to(Y.dtype.element_ty), mask=whole_mask)
-
-
-@jit
 def _rope(
     Q, K, V, OQ, OK, OV, COS, SIN, POS,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, cos_row, sin_row, p_row, p_token, S, T,
@@ -150,37 +98,67 @@ def _rope(
 ):  # fmt: skip
     """BT tokens of a row x BH heads. V given: its G heads are copied. OK, OV None: all go into OQ, heads in order.
 
-    POS None: positions are those in the row.
+    POS None: positions are those in the row. What is turned is asked for before its positions, and these before the
+    table that they lead to: most is on the way before anything is waited for.
     """
     QS: tl.constexpr = (H + BH - 1) // BH
     KS: tl.constexpr = (G + BH - 1) // BH
-    VS: tl.constexpr = 0 if V is None else KS
-    ALL: tl.constexpr = (H + G) * D if V is None else (H + 2 * G) * D
-    Q_WIDTH: tl.constexpr = ALL if OK is None else H * D
-    K_WIDTH: tl.constexpr = ALL if OK is None else G * D
+    GROUPS: tl.constexpr = QS + KS if V is None else QS + 2 * KS
+    WIDTH: tl.constexpr = (H + G) * D if V is None else (H + 2 * G) * D
+    Q_WIDTH: tl.constexpr = WIDTH if OK is None else H * D
+    K_WIDTH: tl.constexpr = WIDTH if OK is None else G * D
     pid = tl.program_id(0)
-    group = pid % (QS + KS + VS)
+    group = pid % GROUPS
     row = tl.cast(tl.program_id(1), tl.int64)
-    t = tl.cast(pid // (QS + KS + VS), tl.int64) * BT + tl.arange(0, BT)[:, None, None]
-    there = t < T
+    t = tl.cast(pid // GROUPS, tl.int64) * BT + tl.arange(0, BT)[:, None, None]
     out = row * T + t
-    positions = None if POS is None else POS + row * p_row
+    head = group * BH + tl.arange(0, BH)[None, :, None]
     if group < QS:
-        _turn(
-            Q + row * q_row, OQ, COS, SIN, positions, t, out, there, group * BH, q_token, q_head,
-            cos_row, sin_row, p_token, S, Q_WIDTH, H, D, HALF, BH, INTERLEAVED, BACK, True,
-        )  # fmt: skip
-    elif group < QS + KS:
-        _turn(
-            K + row * k_row, OQ + H * D if OK is None else OK, COS, SIN, positions, t, out, there, (group - QS) * BH,
-            k_token, k_head, cos_row, sin_row, p_token, S, K_WIDTH, G, D, HALF, BH, INTERLEAVED, BACK, True,
-        )  # fmt: skip
-    elif V is not None:
-        _turn(
-            V + row * v_row, OQ + (H + G) * D if OV is None else OV, COS, SIN, positions, t, out, there,
-            (group - QS - KS) * BH, v_token, v_head, cos_row, sin_row, p_token, S,
-            K_WIDTH, G, D, HALF, BH, INTERLEAVED, BACK, False,
-        )  # fmt: skip
+        x = Q + row * q_row + t * q_token + tl.cast(head, tl.int64) * q_head
+        y = OQ + out * Q_WIDTH + head * D
+        there = (t < T) & (head < H)
+    elif group < QS + KS or V is None:
+        head -= QS * BH
+        x = K + row * k_row + t * k_token + tl.cast(head, tl.int64) * k_head
+        y = (OQ + H * D if OK is None else OK) + out * K_WIDTH + head * D
+        there = (t < T) & (head < G)
+    else:
+        head -= (QS + KS) * BH
+        x = V + row * v_row + t * v_token + tl.cast(head, tl.int64) * v_head
+        y = (OQ + (H + G) * D if OV is None else OV) + out * K_WIDTH + head * D
+        there = (t < T) & (head < G)
+
+    whole = tl.arange(0, 2 * HALF)[None, None, :]
+    half = tl.arange(0, HALF)[None, None, :]
+    whole_mask = there
+    half_mask = there
+    if 2 * HALF != D:
+        whole_mask = whole_mask & (whole < D)
+        half_mask = half_mask & (half < D // 2)
+    if INTERLEAVED:
+        v = tl.load(x + whole, mask=whole_mask, other=0.0, eviction_policy="evict_first")
+        a, b = tl.split(tl.reshape(v, (BT, BH, HALF, 2)))
+    else:
+        a = tl.load(x + half, mask=half_mask, other=0.0, eviction_policy="evict_first")
+        b = tl.load(x + D // 2 + half, mask=half_mask, other=0.0, eviction_policy="evict_first")
+    if POS is None:
+        position = t
+    else:
+        position = tl.load(POS + row * p_row + t * p_token, mask=t < T, other=0).to(tl.int64)
+    cos = _angles(COS, position, head, cos_row, S, D, HALF)
+    sin = _angles(SIN, position, head, sin_row, S, D, HALF)
+    if BACK:
+        sin = -sin
+    c = (_wide(a) * cos - _wide(b) * sin).to(OQ.dtype.element_ty)
+    d = (_wide(b) * cos + _wide(a) * sin).to(OQ.dtype.element_ty)
+    if V is not None:
+        c = tl.where(group < QS + KS, c, a)
+        d = tl.where(group < QS + KS, d, b)
+    if INTERLEAVED:
+        tl.store(y + whole, tl.reshape(tl.join(c, d), (BT, BH, 2 * HALF)), mask=whole_mask)
+    else:
+        tl.store(y + half, c, mask=half_mask)
+        tl.store(y + D // 2 + half, d, mask=half_mask)
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
@@ -201,8 +179,8 @@ def _launch(
     back: bool,
 ) -> None:
     """heads: queries [B, T, H, K], keys and perhaps values [B, T, G, K]; outs: one for each, or one for all."""
-    B, T, H, K = heads[0].shape
-    G = heads[1].shape[2]
+    B, T = heads[0].shape[:2]  # these may be symbolic, heads and their width are constants of the kernel
+    H, G, K = int(heads[0].shape[2]), int(heads[1].shape[2]), int(heads[0].shape[3])
     if B == 0 or T == 0 or K == 0 or H + G == 0:
         return
     parts = [_neighbours(x) for x in heads]
@@ -245,9 +223,13 @@ def rope_forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, back: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k turned, or turned back."""
-    outs = [_like(q), _like(k)]
-    _launch([q, k], outs, cos, sin, positions, interleaved, back)
-    return outs[0], outs[1]
+    out = _like(q), _like(k)
+    if q.dtype == k.dtype:
+        _launch([q, k], list(out), cos, sin, positions, interleaved, back)
+    else:  # a program chooses between two tensors: they have one type
+        _launch([q, q[:, :, :0]], [out[0]], cos, sin, positions, interleaved, back)
+        _launch([k, k[:, :, :0]], [out[1]], cos, sin, positions, interleaved, back)
+    return out
 
 
 def _fake_split(

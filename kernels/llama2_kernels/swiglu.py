@@ -153,7 +153,8 @@ def _product(gate: Tensor, up: Tensor | None, y: Tensor) -> Tensor:
     """Launch the forward pass into y [..., F]; up None: the second half of gate."""
     if y.numel() == 0:
         return y
-    g, u, N = _rows(gate), None if up is None else _rows(up), y.shape[-1]
+    g, u = _rows(gate), None if up is None else _rows(up)
+    N = int(y.shape[-1])  # rows may be symbolic, a width is a constant of the kernel
     s = settings_for(N)
     with on(y):
         launch(_forward)[_grid(g.shape[0], N, s)](
@@ -167,7 +168,8 @@ def _gradients(dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor, dup: 
     """Launch the backward pass into dgate and dup, which have the shapes of gate and up; up None as in `_product`."""
     if dy.numel() == 0:
         return
-    d, g, u, N = _rows(dy), _rows(gate), None if up is None else _rows(up), dy.shape[-1]
+    d, g, u = _rows(dy), _rows(gate), None if up is None else _rows(up)
+    N = int(dy.shape[-1])
     s = settings_for(N)
     with on(dy):
         launch(_backward)[_grid(g.shape[0], N, s)](

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,8 +98,9 @@ WIDTHS = [2, 4, 6, 16, 48, 64, 80, 128, 256]
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_any_width(device: str, guarded: None, width: int, interleaved: bool) -> None:
-    for i, dtype in enumerate((BF16, FP16, FP32, FP64)):
-        T = (1, 5, 8, 11)[(width // 2 + i) % 4]
+    turn = WIDTHS.index(width) + interleaved
+    for i, dtype in enumerate((FP16, FP32) if turn % 2 else (BF16, FP64)):
+        T = (1, 5, 8, 11)[(turn + i) % 4]
         q, k = numbers(2, T, 4, width, dtype=dtype, device=device), numbers(2, T, 2, width, dtype=dtype, device=device)
         cos, sin = table(width, 40, device, FP64 if dtype == FP64 else FP32)
         check(q, k, cos, sin, packed(2, T, 40, device) if i % 2 else None, interleaved)
@@ -285,11 +287,11 @@ def layouts(device: str, n: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
-def test_layouts(device: str, guarded: None, interleaved: bool) -> None:
+def test_layouts(device: str, guarded: None) -> None:
     cos, sin = table(16, 40, device)
     positions = packed(2, 12, 40, device)[:, ::2]
-    for (name, q), k in zip(layouts(device, 4).items(), reversed(layouts(device, 2).values())):
+    for i, ((name, q), k) in enumerate(zip(layouts(device, 4).items(), reversed(layouts(device, 2).values()))):
+        interleaved = i % 2 == 0
         inputs, plain = [[x.detach().requires_grad_() for x in (q, k)] for _ in range(2)]
         got = rope(inputs[0], inputs[1], cos, sin, positions, interleaved)
         a, b = (x.contiguous() for x in plain)
@@ -539,6 +541,7 @@ def test_one_of_the_two_alone(device: str) -> None:
 
 COMPILED = """
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -550,14 +553,18 @@ def step(qkv, cos, sin, positions):
     b = r.rope_split.launcher(qkv, 2, cos, sin, positions, True, False)
     return *a, *b, r.rope_join.launcher(*b, cos, sin, positions, False, True)
 
-for mode in ("real", "symbolic"):
-    for width, T in ((20, 7), (128, 64)):
-        with FakeTensorMode(shape_env=ShapeEnv() if mode == "symbolic" else None):
+for symbolic in (False, True):
+    for width in (20, 128):
+        env, T, name = ShapeEnv(), 40, ConstantSource("T")
+        if symbolic:
+            T = env.create_symintnode(env.create_symbol(40, name), hint=40, source=name)
+        with FakeTensorMode(shape_env=env):
             qkv = torch.empty(3, T, 8, width, dtype=torch.bfloat16, device="cuda")
             cos, sin = (torch.empty(100, width // 2, device="cuda") for _ in range(2))
             positions = torch.empty(3, T, dtype=torch.long, device="cuda")
-            code = make_fx(step, tracing_mode=mode)(qkv, cos, sin, positions).code
+            code = make_fx(step, tracing_mode="symbolic")(qkv, cos, sin, positions).code
         assert code.count("triton_kernel_wrapper_mutation(") == 3 and "clone" not in code, code
+        assert not env.replacements, "compiled for one number of tokens"
 """
 
 
@@ -566,3 +573,21 @@ for mode in ("real", "symbolic"):
 def test_the_compiled_form_can_be_traced(compiler_env: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILED], env=compiler_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+LAYER = Path(__file__).with_name("fsdp_layer.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not registry.INTERPRET, reason="two processes on CPU tensors")
+def test_two_processes_share_the_parameters(tmp_path: Path) -> None:
+    """FSDP2, bf16 parameters, gradients reduced in fp32, layers checkpointed: RoPE and SwiGLU, both forms of each."""
+    command = [sys.executable, str(LAYER), str(tmp_path / "store")]
+    workers = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        out, err = worker.communicate(timeout=300)
+        assert worker.returncode == 0, err
+        assert "same" in out

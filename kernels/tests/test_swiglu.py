@@ -439,6 +439,7 @@ def test_without_gradients(device: str) -> None:
 
 COMPILED = """
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -449,12 +450,16 @@ def step(x, dy):
     return (s.swiglu_forward.launcher(x), s.swiglu_backward.launcher(dy, x),
             s.swiglu_pair_forward.launcher(gate, up), *s.swiglu_pair_backward.launcher(dy, gate, up))
 
-for mode in ("real", "symbolic"):
+for symbolic in (False, True):
     for width in (63, 11008):
-        with FakeTensorMode(shape_env=ShapeEnv() if mode == "symbolic" else None):
-            x, dy = (torch.empty(5, 40, n, dtype=torch.bfloat16, device="cuda") for n in (2 * width, width))
-            code = make_fx(step, tracing_mode=mode)(x, dy).code
+        env, rows, name = ShapeEnv(), 40, ConstantSource("rows")
+        if symbolic:
+            rows = env.create_symintnode(env.create_symbol(40, name), hint=40, source=name)
+        with FakeTensorMode(shape_env=env):
+            x, dy = (torch.empty(5, rows, n, dtype=torch.bfloat16, device="cuda") for n in (2 * width, width))
+            code = make_fx(step, tracing_mode="symbolic")(x, dy).code
         assert code.count("triton_kernel_wrapper_mutation(") == 4 and "clone" not in code, code
+        assert not env.replacements, "compiled for one number of rows"
 """
 
 
