@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llama2cli import console
-from llama2cli.errors import DataError, Misuse, did_you_mean
+from llama2cli.errors import DataError, did_you_mean
 from llama2cli.settings import Sampled
-from llama2cli.text.chat import TAGS, Tags, encode_conversation, escape
+from llama2cli.text.chat import Tags, encode_conversation, escape, of_models
+from llama2cli.text.prompts import check_system
 
 if TYPE_CHECKING:
     from llama2cli.sampling.engine import Engine
@@ -61,8 +62,7 @@ class Conversation:
 def run(settings: Settings) -> None:
     """Load the model, then answer line by line until the input ends."""
     # 1. the model
-    if settings.system and settings.tags == "refuse" and (found := TAGS.search(settings.system)):
-        raise Misuse(f'holds "{found[0]}", a tag of the chat format (--tags escape admits it)', "--system")
+    check_system(settings.system, settings.tags)
     from llama2cli.sampling.load import load_engine, settle_sampling
 
     sampling = settle_sampling(settings.model, settings.temperature, settings.top_p)
@@ -166,7 +166,7 @@ def reply(talk: Conversation, line: str) -> None:
     elif not shown.text:
         console.say("(an empty answer)")
     if shown.text:
-        answer = settle(shown.text, "keep" if talk.settings.tags == "keep" else "escape")
+        answer = settle(shown.text, of_models(talk.settings.tags))
         talk.rounds = [*rounds, *say("assistant", answer)]
 
 

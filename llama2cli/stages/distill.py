@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,12 @@ from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
 from llama2cli.measure.rates import percent, rate, sigmoid
 from llama2cli.settings import Compute, Filter, flag
-from llama2cli.text.chat import TAGS, encode_conversation, of_models
+from llama2cli.text.chat import encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
-from llama2cli.text.output import Output, check_outputs, open_outputs
+from llama2cli.text.output import check_outputs, open_outputs, write_all
+from llama2cli.text.prompts import check_endpoint, check_system, read_prompts
 from llama2cli.text.records import Record, prompt_id
-from llama2cli.text.streams import Place, read_records, read_texts, some, windows
+from llama2cli.text.streams import Place, some, windows
 from llama2cli.text.templates import SAFETY, Lesson, Templates, read_templates
 
 if TYPE_CHECKING:
@@ -212,23 +213,21 @@ def run(settings: Settings) -> None:
     policy = settings.policy if settings.endpoint is None else settings.tokenizer
     folders = [*{resolve_model(path): None for path in settings.rewarders.values()}]
     folders += [resolve_model(policy or "")] if settings.endpoint is None else [Path(policy or "")]
-    prompts = some(read_prompts(settings), settings.files, "prompts")
+    read = read_prompts(settings.files, text=settings.text, max_line=settings.max_line)
+    prompts = some(read, settings.files, "prompts")
     sampling = settle(settings)
     inputs = [str(settings.templates or SAFETY), str(policy), *settings.rewarders.values()]
     if settings.provenance:
         provenance.write(settings.provenance, settings, [*settings.files, *inputs])
-    out, rejected = open_outputs(settings, settings.rejected, sampling, paths=[*folders, inputs[0]])
-    with out:
+    beside = {"--rejected": settings.rejected}
+    with open_outputs(settings, beside, sampling, paths=[*folders, inputs[0]]) as outputs:
+        out, rejected = outputs.main, outputs.beside.get("--rejected")
         # 2. the models
         models = load(settings, sampling)
         counts, done = Counts.start(out.state), out.skip
         tally = Tally()
         # 3. the answers
-        with (
-            rejected or nullcontext(),
-            models.server or nullcontext(),
-            console.Progress("distill", unit="answers") as progress,
-        ):
+        with models.server or nullcontext(), console.Progress("distill", unit="answers") as progress:
             for window in windows(out.rest(prompts), settings.window):
                 cases = ask(window, models, templates, settings, counts, tally)
                 sample(cases, models, pattern, settings, tally, progress)
@@ -240,9 +239,7 @@ def run(settings: Settings) -> None:
                     if rejected and case.distilled and not kept:
                         rejected.write(refused(case, settings))
                 done += len(window)
-                if rejected:
-                    rejected.commit(done)  # before the other, which then can go back to any window that this one has
-                out.commit(done, counts.state())
+                outputs.commit(done, counts.state())
             refuse_nothing(counts, settings)
             write_metrics(counts, settings)
     if models.server is not None:
@@ -271,10 +268,8 @@ def check(settings: Settings) -> None:
         raise Misuse("what is compared are scores; give --rm-safe or --rm-help", "--compare")
     if safety and settings.text:
         raise Misuse('lines of text have no tag "unsafe", and --preset safety distils no others', "--text")
-    if (settings.endpoint is None) != (settings.tokenizer is None):
-        raise Misuse("--endpoint and --tokenizer go together: prompts are sent as token ids", "--endpoint")
-    if settings.system is not None and settings.tags == "refuse" and (found := TAGS.search(settings.system)):
-        raise Misuse(f'holds "{found[0]}", a tag of the chat format (--tags escape admits it)', "--system")
+    check_endpoint(settings.endpoint, settings.tokenizer)
+    check_system(settings.system, settings.tags)
     outputs = (("--out", settings.out), ("--rejected", settings.rejected), ("--metrics", settings.metrics))
     check_outputs(outputs, [*settings.files, *([settings.templates] if settings.templates else [])])
 
@@ -298,14 +293,6 @@ def compiled(settings: Settings, templates: Templates) -> re.Pattern[str] | None
     if pattern.groups > 1:
         raise Misuse(f"has {pattern.groups} groups; one says what is kept (others are written (?:...))", "--extract")
     return pattern
-
-
-def read_prompts(settings: Settings) -> Iterator[tuple[Place, Record]]:
-    """Prompts; a line of text is one."""
-    if not settings.text:
-        return read_records(settings.files, "prompt", max_line=settings.max_line)
-    lines = read_texts(settings.files, max_line=settings.max_line)
-    return ((place, {"messages": [{"role": "user", "content": line}]}) for place, line in lines)
 
 
 def settle(settings: Settings) -> Sampling:
@@ -573,11 +560,7 @@ def write_metrics(counts: Counts, settings: Settings) -> None:
     """The metric records, where they are asked for."""
     from llama2cli.measure import distillation
 
-    if settings.metrics is None:
-        return
-    with Output(settings.metrics, key="", resume=False, inputs=settings.files) as out:
-        for record in distillation.records(counts.ledger):
-            out.write(record)
+    write_all(settings.metrics, distillation.records(counts.ledger), settings.files)
 
 
 def report(counts: Counts, tally: Tally, sampling: Sampling, settings: Settings) -> None:
@@ -585,8 +568,7 @@ def report(counts: Counts, tally: Tally, sampling: Sampling, settings: Settings)
     from llama2cli.measure import distillation
 
     console.tables(distillation.tables(counts.ledger, [*settings.rewarders], settings.judge))
-    how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
-    console.say(tally.told(how, settings.max_new_tokens))
+    console.say(tally.told(sampling.told(), settings.max_new_tokens))
     share = rate(counts.answered, counts.asked)
     answers = f", {counts.kept:,} answers" if settings.gated_by is None and settings.samples > 1 else ""
     parts = [f"{counts.asked:,} prompts distilled, {counts.answered:,} kept ({percent(share)}%){answers}"]

@@ -13,12 +13,10 @@ Choices where the paper is silent:
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,20 +25,20 @@ from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
 from llama2cli.settings import Compute, Filter, flag
 from llama2cli.text import constraints as lists
+from llama2cli.text.chat import of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.formats import read_dialogues
-from llama2cli.text.output import Output, fingerprint
+from llama2cli.text.output import Outputs, check_outputs, open_outputs
+from llama2cli.text.prompts import check_endpoint
 from llama2cli.text.records import Record, prompt_id
-from llama2cli.text.streams import Place, decode, open_output, read_json, some, windows
+from llama2cli.text.streams import Place, decode, read_json, some, windows
 
 if TYPE_CHECKING:
     from llama2cli.measure.gatt import Attention, Judged, Obedience
-    from llama2cli.sampling.engine import Result
     from llama2cli.sampling.load import Sampling
-    from llama2cli.sampling.samples import AnyEngine, Tally
+    from llama2cli.sampling.samples import Tally, Voice
     from llama2cli.sampling.scoring import Scorer
     from llama2cli.sampling.turns import Rolled
-    from llama2cli.text.tokenizer import Tokenizer
 
 Window = Sequence[tuple[Place, Record]]
 OWN = "own"  # the kind of an instruction that a dialogue brings without one
@@ -185,31 +183,15 @@ class Plan(NamedTuple):
 class Models:
     """A model under test and what judges it."""
 
-    name: str
-    engine: AnyEngine
-    tokenizer: Tokenizer
-    sampling: Sampling
+    policy: Voice
     scorer: Scorer | None
-
-
-@dataclass
-class Outputs:
-    """--out, and those that go along with it."""
-
-    metrics: Output
-    more: dict[str, Output] = field(default_factory=dict)
-
-    def commit(self, done: int, state: Any) -> None:
-        """The first `done` inputs are done for ever. --out is last, and can go back to any window that all have."""
-        for out in self.more.values():
-            out.commit(done)
-        self.metrics.commit(done, state)
 
 
 def run(settings: Settings) -> None:
     """Roll the dialogues out with each model, judge the answers, show and write the shares by turn."""
     from llama2cli.sampling.remote import journal_beside
     from llama2cli.sampling.samples import Tally, policy_names
+    from llama2cli.sampling.voices import drawn_as
 
     # 1. what is asked: all is read, and the outputs opened, before a model is loaded
     check(settings)
@@ -220,7 +202,8 @@ def run(settings: Settings) -> None:
     folders += [resolve_model(settings.judge)] if settings.judge is not None else []
     constraints = read_constraints(settings)
     trained = read_trained(settings)
-    sampling = [settle_sampling_of(path, settings) for path in settings.model]
+    drawn = (settings.endpoint, settings.temperature, settings.top_p)
+    sampling = [drawn_as(path, *drawn) for path in settings.model]
     what = "dialogues with an instruction that can be judged" + ("" if constraints else "; give --constraints")
     asked = some(planned(settings, names, constraints), settings.files, what)
     if settings.provenance:
@@ -228,15 +211,17 @@ def run(settings: Settings) -> None:
         provenance.write(settings.provenance, settings, [*inputs, *([settings.judge] if settings.judge else [])])
     tallies = [Tally() for _ in names]
     journal = None if is_local else journal_beside(settings.out)
-    with ExitStack() as stack:
-        outputs = open_outputs(settings, stack, sampling, [*folders, *settings.constraints, *settings.trained])
-        known = outputs.metrics.state or {}
+    beside = {"--rolled": settings.rolled, "--attention": settings.attention}
+    paths = [*settings.constraints, *settings.trained]
+    with open_outputs(settings, beside, sampling, paths=[*folders, *paths]) as outputs:
+        out = outputs.main
+        known = out.state or {}
         found = {name: Found.start(known.get(name)) for name in names}
-        done = outputs.metrics.skip
+        done = out.skip
         # 2. each model in turn, window by window
         scorer: Scorer | None = None
         with console.Progress("eval gatt", unit="answers") as progress:
-            for name, items in groupby(outputs.metrics.rest(asked), key=lambda item: item[1]["model"]):
+            for name, items in groupby(out.rest(asked), key=lambda item: item[1]["model"]):
                 i = names.index(name)
                 scorer = scorer or load_judge(settings)
                 with load(settings, name, settings.model[i], sampling[i], scorer, journal) as models:
@@ -246,7 +231,7 @@ def run(settings: Settings) -> None:
                         done += len(window)
                         outputs.commit(done, {n: f.state() for n, f in found.items()})
         for record in records(found):
-            outputs.metrics.write(record)
+            out.write(record)
     if journal is not None:
         journal.unlink(missing_ok=True)  # the outputs are complete: the server's answers need not be kept beside them
     report(found, tallies, sampling, settings)
@@ -267,8 +252,7 @@ def check(settings: Settings) -> None:
     for name, paths in (("--constraints", settings.constraints), ("--trained", settings.trained)):
         if "-" in paths:
             raise Misuse("stdin is for the dialogues; give a file", name)
-    if (settings.endpoint is None) != (settings.tokenizer is None):
-        raise Misuse("--endpoint and --tokenizer go together: prompts are sent as token ids", "--endpoint")
+    check_endpoint(settings.endpoint, settings.tokenizer)
     if settings.each is not None and not settings.constraints:
         raise Misuse("there is nothing to draw from: give --constraints", "--each")
     if settings.cycle and settings.turns is None:
@@ -281,21 +265,8 @@ def check(settings: Settings) -> None:
         if settings.turn_window is not None:
             raise Misuse("is of whole dialogues, and --turn-window shows parts of them", "--attention")
     inputs = [*settings.files, *settings.constraints, *settings.trained]
-    read = {os.path.realpath(path) for path in inputs if path != "-"}
-    outputs: dict[str, str] = {}
-    for flag_name, output in (
-        ("--out", settings.out),
-        ("--rolled", settings.rolled),
-        ("--attention", settings.attention),
-    ):
-        if output is None:
-            continue
-        real = output if output == "-" else os.path.realpath(output)
-        if real in outputs:
-            raise Misuse(f"is given to {outputs[real]} too", flag_name, output)
-        if real in read:
-            raise Misuse("is an input and the output; write to another file", flag_name, output)
-        outputs[real] = flag_name
+    outputs = (("--out", settings.out), ("--rolled", settings.rolled), ("--attention", settings.attention))
+    check_outputs(outputs, inputs)
 
 
 def read_constraints(settings: Settings) -> list[Record]:
@@ -401,28 +372,6 @@ def plans_of(place: Place, record: Record, trained: set[str] | None, settings: S
     return plans
 
 
-def open_outputs(settings: Settings, stack: ExitStack, sampling: Any, paths: Sequence[Any]) -> Outputs:
-    """--out, and --rolled and --attention beside it. Where those that a killed command left do not go together, all
-    start over."""
-    out = open_output(settings, sampling, paths=paths)
-    beside = {"--rolled": settings.rolled, "--attention": settings.attention}
-    resume = settings.resume is not False
-    more = {
-        name: Output(path, key=fingerprint(name, out.key), resume=resume, most=out.skip)
-        for name, path in beside.items()
-        if path is not None
-    }
-    others = [name for name, other in more.items() if other.skip != out.skip]
-    if others:
-        console.warn(f"{beside[others[0]]}: what belongs to {settings.out} is not there; all outputs start over")
-        for each in (out, *more.values()):
-            each.leave()
-        return open_outputs(dataclasses.replace(settings, resume=False), stack, sampling, paths)
-    for each in (out, *more.values()):
-        stack.enter_context(each)
-    return Outputs(out, more)
-
-
 def load_judge(settings: Settings) -> Scorer | None:
     """The reward model, where there is one."""
     from llama2cli.sampling.scoring import Scorer
@@ -432,34 +381,16 @@ def load_judge(settings: Settings) -> Scorer | None:
     return Scorer.load(settings.judge, device=settings.device, dtype=settings.dtype, tokens=settings.batch_tokens)
 
 
-def settle_sampling_of(path: str, settings: Settings) -> Sampling:
-    """How answers are drawn, as the flags or else the model's folder say; a server has no folder that could be read."""
-    from llama2cli.sampling.load import settle_sampling
-    from llama2cli.sampling.remote import settle_remote_sampling
-
-    if settings.endpoint is not None:
-        return settle_remote_sampling(settings.temperature, settings.top_p)
-    return settle_sampling(path, settings.temperature, settings.top_p)
-
-
 @contextmanager
 def load(
     settings: Settings, name: str, path: str, sampling: Sampling, scorer: Scorer | None, journal: Path | None
 ) -> Iterator[Models]:
     """A model under test, until the next one takes its place. journal: of a server's answers."""
-    from llama2cli.sampling.load import load_engine
-    from llama2cli.sampling.remote import connect
+    from llama2cli.sampling.voices import open_with
 
-    rows = settings.batch_size
-    if settings.endpoint is None:
-        engine, tokenizer = load_engine(path, device=settings.device, dtype=settings.dtype, rows=rows)
-        yield Models(name, engine, tokenizer, sampling, scorer)
-        return
-    server, tokenizer = connect(
-        settings.endpoint, settings.tokenizer or "", model=path, journal=journal, concurrency=rows
-    )
-    with server:
-        yield Models(name, server, tokenizer, sampling, scorer)
+    voice, server = open_with(path, sampling, settings, journal)
+    with server or nullcontext():
+        yield Models(dataclasses.replace(voice, policy=name), scorer)
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
@@ -497,20 +428,15 @@ def answer(
 ) -> list[Rolled]:
     """The dialogues of a window, answered turn by turn."""
     from llama2cli.sampling.turns import roll_out
+    from llama2cli.sampling.voices import ticker
 
-    tokens = tally.tokens
-
-    def tick(result: Result) -> None:
-        nonlocal tokens
-        tokens += len(result.ids)
-        progress.advance(1, note=f"{models.name}: {tokens / (time.monotonic() - tally.began):,.0f} tokens/s")
-
+    policy = models.policy
     return roll_out(
         [p.record["messages"] for p in plans],
-        models.engine,
-        models.tokenizer,
-        temperature=models.sampling.temperature,
-        top_p=models.sampling.top_p,
+        policy.engine,
+        policy.tokenizer,
+        temperature=policy.temperature,
+        top_p=policy.top_p,
         seed=settings.seed,
         max_new_tokens=settings.max_new_tokens,
         view=lambda i, messages: shown(messages, plans[i].instruction, settings.place),
@@ -520,7 +446,7 @@ def answer(
         places=[p.place for p in plans],
         skip_long=settings.skip_long,
         tally=tally,
-        tick=tick,
+        tick=ticker(tally, progress, policy.policy),
     )
 
 
@@ -549,24 +475,14 @@ def scored(pairs: Sequence[tuple[Plan, Rolled]], scorer: Scorer, settings: Setti
     """
     from llama2cli.measure.rates import sigmoid
     from llama2cli.rlhf.gatt import augment
-    from llama2cli.sampling.turns import encode_recent
+    from llama2cli.sampling.judging import score_recent
 
-    tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
-    sequences = []
+    shown = []
     for p, r in pairs:
         whole = augment(r.messages, p.instruction)
         first = len(whole) - 2 * r.turns
-        for turn, truncated in enumerate(r.truncated, start=1):
-            ids, _ = encode_recent(
-                scorer.tokenizer,
-                whole[: first + 2 * turn],
-                scorer.context,
-                truncated=truncated,
-                tags=tags,
-                place=p.place,
-            )
-            sequences.append(ids)
-    return [sigmoid(score) for score in scorer.score(sequences)]
+        shown += [(p.place, whole[: first + 2 * turn], cut) for turn, cut in enumerate(r.truncated, start=1)]
+    return [sigmoid(logit) for logit in score_recent(scorer, shown, tags=of_models(settings.tags))[0]]
 
 
 def count(plans: Sequence[Plan], rolled: Sequence[Rolled], judged: Sequence[Judged], found: Found) -> None:
@@ -599,16 +515,16 @@ def write(
         if not r.turns:
             continue
         record = rolled_record(p, r, j, models, settings)
-        if "--rolled" in outputs.more:
-            outputs.more["--rolled"].write(record)
-        if "--attention" in outputs.more and p.number != before and p.number < settings.attention_dialogues:
+        if "--rolled" in outputs.beside:
+            outputs.beside["--rolled"].write(record)
+        if "--attention" in outputs.beside and p.number != before and p.number < settings.attention_dialogues:
             before = p.number
             turns = attended(record, p, models, settings)
             found.attention.add(turns, j.obeyed)
             for turn in turns:
                 same = {name: record[name] for name in ("id", "sample", "policy")}
                 told = {"instruction": p.instruction, "obeyed": j.obeyed[turn["turn"] - 1]}
-                outputs.more["--attention"].write({**same, **told, **turn})
+                outputs.beside["--attention"].write({**same, **told, **turn})
 
 
 def rolled_record(p: Plan, r: Rolled, j: Judged, models: Models, settings: Settings) -> Record:
@@ -622,8 +538,8 @@ def rolled_record(p: Plan, r: Rolled, j: Judged, models: Models, settings: Setti
         "messages": messages,
         "id": prompt_id(messages[:-1]),
         "sample": p.sample,
-        "policy": models.name,
-        "temperature": models.sampling.temperature,
+        "policy": models.policy.policy,
+        "temperature": models.policy.temperature,
         "seed": settings.seed,
         "n_tokens": r.n_tokens[-1],
         "truncated": r.truncated[-1],
@@ -644,10 +560,9 @@ def attended(record: Record, p: Plan, models: Models, settings: Settings) -> lis
     from llama2cli.sampling.attention import dialogue_parts
     from llama2cli.sampling.engine import Engine
 
-    tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
-    engine = models.engine
+    engine, tokenizer, tags = models.policy.engine, models.policy.tokenizer, of_models(settings.tags)
     assert isinstance(engine, Engine)  # a server's model cannot be looked into: see `check`
-    laid = dialogue_parts(models.tokenizer, record["messages"], p.instruction, engine.context, tags=tags)
+    laid = dialogue_parts(tokenizer, record["messages"], p.instruction, engine.context, tags=tags)
     if laid is None:
         where = f"{p.place.file}:{p.place.line}"
         console.warn(f"{where}: the instruction is not found among the tokens", "dialogues without attention")
@@ -685,7 +600,7 @@ def report(found: dict[str, Found], tallies: Sequence[Tally], sampling: Sequence
         times = f" answered {f.rolled:,} times" if f.rolled > f.dialogues else ""
         parts = [f"{name}: {f.dialogues:,} dialogues{times}, {f.answers:,} answers judged"]
         if tally.answers:
-            parts.append(tally.told(f"temperature {s.temperature:g}, top-p {s.top_p:g}", settings.max_new_tokens))
+            parts.append(tally.told(s.told(), settings.max_new_tokens))
         if f.cut:
             parts.append(f"{f.cut:,} times cut at a turn boundary: the context ends")
         console.say("; ".join(parts))

@@ -12,8 +12,7 @@ Choices where the paper is silent, beside those at the top of `rlhf/gatt.py` and
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -24,16 +23,17 @@ from llama2cli import console, provenance
 from llama2cli.errors import Misuse
 from llama2cli.settings import Compute, Filter, flag
 from llama2cli.text import constraints as lists
-from llama2cli.text.chat import encode_dialogue
+from llama2cli.text.chat import encode_dialogue, of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.formats import read_dialogues
-from llama2cli.text.output import Output
+from llama2cli.text.output import check_outputs, write_all
+from llama2cli.text.prompts import check_endpoint
 from llama2cli.text.records import Record, prompt_id
 from llama2cli.text.streams import Place, open_output, some, windows
 
 if TYPE_CHECKING:
     from llama2cli.rlhf.gatt import Drawn
-    from llama2cli.sampling.engine import Result
+    from llama2cli.sampling.load import Sampling
     from llama2cli.sampling.remote import RemoteEngine
     from llama2cli.sampling.samples import Tally, Voice
     from llama2cli.sampling.scoring import Scorer
@@ -205,9 +205,8 @@ class Candidate:
 
 def run(settings: Settings) -> None:
     """Read dialogues, answer them window by window, write what is to be trained in their order."""
-    from llama2cli.sampling.load import settle_sampling
-    from llama2cli.sampling.remote import settle_remote_sampling
     from llama2cli.sampling.samples import Tally
+    from llama2cli.sampling.voices import drawn_as
 
     # 1. what is asked: the first dialogue is read, and the output opened, before a model is loaded
     check(settings)
@@ -215,8 +214,7 @@ def run(settings: Settings) -> None:
     folders = [resolve_model(answers) if settings.endpoint is None else Path(answers)]
     folders += [resolve_model(settings.rm)] if settings.rm is not None else []
     given = read_constraints(settings)
-    settle = settle_remote_sampling if settings.endpoint is not None else lambda *a: settle_sampling(answers, *a)
-    sampling = settle(settings.temperature, settings.top_p)
+    sampling = drawn_as(settings.policy, settings.endpoint, settings.temperature, settings.top_p)
     dialogues = some(read(settings), settings.files, "dialogues")
     if settings.provenance:
         inputs = [*settings.files, *settings.constraints, answers, *([settings.rm] if settings.rm else [])]
@@ -263,16 +261,14 @@ def check(settings: Settings) -> None:
             raise Misuse(f'expected one of {known}, got "{kind}"; others come from --constraints', "--ask")
     if settings.asked is not None and not settings.ask:
         raise Misuse("nothing is asked: give --ask KIND", "--asked")
-    if settings.asked is not None and settings.asked == settings.out:
-        raise Misuse("is given to --out too", "--asked", settings.asked)
     if settings.rm is None and (settings.rm_threshold is not None or settings.rm_keep is not None):
         raise Misuse("there is no reward model: give --rm", "--rm-threshold/--rm-keep")
     if settings.rm is not None and (settings.rm_threshold is None) == (settings.rm_keep is None):
         raise Misuse("what does it keep? give --rm-threshold or --rm-keep", "--rm")
-    if (settings.endpoint is None) != (settings.tokenizer is None):
-        raise Misuse("--endpoint and --tokenizer go together: prompts are sent as token ids", "--endpoint")
+    check_endpoint(settings.endpoint, settings.tokenizer)
     if settings.turns is not None and settings.turns < max(settings.min_turns, settings.join or 0):
         raise Misuse(f"{settings.turns} turns at most are fewer than --min-turns or --join ask for", "--turns")
+    check_outputs((("--out", settings.out), ("--asked", settings.asked)), [*settings.files, *settings.constraints])
 
 
 def read_constraints(settings: Settings) -> list[Record]:
@@ -294,30 +290,15 @@ def read(settings: Settings) -> Iterator[tuple[Place, Record]]:
     return ((place, {**r, "messages": user_turns(r["messages"], settings.turns)}) for place, r in joined)
 
 
-def load(settings: Settings, sampling: Any) -> Models:
+def load(settings: Settings, sampling: Sampling) -> Models:
     """The policy and the reward model."""
-    from llama2cli.sampling.load import load_engine
-    from llama2cli.sampling.remote import connect, journal_beside
-    from llama2cli.sampling.samples import Voice, policy_name
-    from llama2cli.sampling.scoring import Scorer
+    from llama2cli.sampling.voices import open_scorers, open_voice
 
-    name, rows, server = settings.policy, settings.batch_size, None
-    if settings.endpoint is not None:
-        server, tokenizer = connect(
-            settings.endpoint,
-            settings.tokenizer or "",
-            model=name,
-            journal=journal_beside(settings.out),
-            concurrency=rows,
-        )
-        voice = Voice(server, tokenizer, name, *sampling)
-    else:
-        engine, tokenizer = load_engine(name, device=settings.device, dtype=settings.dtype, rows=rows)
-        voice = Voice(engine, tokenizer, policy_name(name), *sampling)
-    scorer = None
-    if settings.rm is not None:
-        scorer = Scorer.load(settings.rm, device=settings.device, dtype=settings.dtype, tokens=settings.batch_tokens)
-    return Models(voice, scorer, server)
+    voice, server = open_voice(settings.policy, sampling, settings)
+    compute = {"device": settings.device, "dtype": settings.dtype}
+    rewarders = {} if settings.rm is None else {"rm": settings.rm}
+    scorers = open_scorers(rewarders, **compute, tokens=settings.batch_tokens)
+    return Models(voice, scorers.get("rm"), server)
 
 
 def ask(policy: Voice, settings: Settings) -> list[Record]:
@@ -385,6 +366,7 @@ def answer(
     """The dialogues with the policy's answers, given with the instruction before every user message."""
     from llama2cli.rlhf.gatt import augment
     from llama2cli.sampling.turns import roll_out
+    from llama2cli.sampling.voices import ticker
 
     return roll_out(
         [p.record["messages"] for p in plans],
@@ -403,18 +385,6 @@ def answer(
         tally=tally,
         tick=ticker(tally, progress),
     )
-
-
-def ticker(tally: Tally, progress: console.Progress) -> Callable[[Result], None]:
-    """What moves the bar by each answer that is finished."""
-    tokens = tally.tokens
-
-    def tick(result: Result) -> None:
-        nonlocal tokens
-        tokens += len(result.ids)
-        progress.advance(1, note=f"{tokens / (time.monotonic() - tally.began):,.0f} tokens/s")
-
-    return tick
 
 
 def make(
@@ -451,7 +421,7 @@ def length(candidate: Candidate, policy: Voice, settings: Settings) -> int:
         policy.tokenizer,
         candidate.messages,
         truncated=candidate.truncated,
-        tags="keep" if settings.tags == "keep" else "escape",
+        tags=of_models(settings.tags),
         place=candidate.plan.place,
     )
     return len(encoded.ids)
@@ -504,19 +474,15 @@ def observe(candidates: Sequence[Candidate], counts: Counts) -> None:
 def score(candidates: Sequence[Candidate], scorer: Scorer, settings: Settings, counts: Counts) -> None:
     """Give each candidate its reward: the score of the dialogue as the policy was shown it."""
     from llama2cli.rlhf.gatt import augment, prefixes
-    from llama2cli.sampling.turns import encode_recent
+    from llama2cli.sampling.judging import score_recent
 
-    tags: Literal["keep", "escape"] = "keep" if settings.tags == "keep" else "escape"
-    sequences = []
+    shown = []
     for c in candidates:
         whole = list(prefixes(c.rolled.messages))[c.turn - 1]
-        shown = augment(whole, c.plan.drawn.instruction)
-        ids, forgot = encode_recent(
-            scorer.tokenizer, shown, scorer.context, truncated=c.truncated, tags=tags, place=c.plan.place
-        )
-        counts.forgot += forgot
-        sequences.append(ids)
-    for c, reward in zip(candidates, scorer.score(sequences), strict=True):
+        shown.append((c.plan.place, augment(whole, c.plan.drawn.instruction), c.truncated))
+    found, forgot = score_recent(scorer, shown, tags=of_models(settings.tags))
+    counts.forgot += forgot
+    for c, reward in zip(candidates, found, strict=True):
         c.reward = reward
 
 
@@ -584,7 +550,7 @@ def count(candidates: Sequence[Candidate], policy: Voice, settings: Settings, co
         policy.tokenizer,
         written,
         context=policy.engine.context,
-        tags="keep" if settings.tags == "keep" else "escape",
+        tags=of_models(settings.tags),
         long="cut",
     )
     for name, value in vars(masks).items():
@@ -593,17 +559,13 @@ def count(candidates: Sequence[Candidate], policy: Voice, settings: Settings, co
 
 def write_asked(named: Sequence[Record], settings: Settings) -> None:
     """The constraints that the policy named, where they are asked for."""
-    if settings.asked is None:
-        return
-    with Output(settings.asked, key="", resume=False, inputs=[*settings.files, *settings.constraints]) as out:
-        for record in named:
-            out.write(record)
+    write_all(settings.asked, named, [*settings.files, *settings.constraints])
 
 
 # --- telling ------------------------------------------------------------------------------------------------------
 
 
-def report(counts: Counts, tally: Tally, sampling: Any, settings: Settings) -> None:
+def report(counts: Counts, tally: Tally, sampling: Sampling, settings: Settings) -> None:
     """Tables and the closing lines on stderr."""
     from llama2cli.training.dialogues import Report
 
@@ -615,8 +577,7 @@ def report(counts: Counts, tally: Tally, sampling: Any, settings: Settings) -> N
     console.table("", ["constraints", "dialogues", "records", "short %", "answers checked", "obeyed %"], rows)
     console.say("")
     Report(**counts.masks).show()
-    how = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
-    console.say(tally.told(how, settings.max_new_tokens))
+    console.say(tally.told(sampling.told(), settings.max_new_tokens))
     parts = [f"{counts.dialogues:,} dialogues, {counts.turns:,} turns answered, {counts.kept:,} records"]
     if counts.kept:
         parts.append(f"{counts.shortened:,} shortened ({counts.shortened / counts.kept:.1%})")

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
 from llama2cli.settings import Filter, Sampled, flag
-from llama2cli.text.chat import TAGS, Tags, encode_conversation
+from llama2cli.text.chat import Tags, encode_conversation
 from llama2cli.text.folders import resolve_model
+from llama2cli.text.prompts import check_endpoint, check_system, read_prompts
 from llama2cli.text.records import Record
-from llama2cli.text.streams import Place, open_output, read_records, read_texts, some, windows
+from llama2cli.text.streams import Place, open_output, some, windows
 
 if TYPE_CHECKING:
     from llama2cli.sampling.engine import Result
@@ -107,10 +108,8 @@ def run(settings: Settings) -> None:
 
 def check(settings: Settings) -> None:
     """Raise Misuse for flags that do not go together."""
-    if settings.system is not None and settings.tags == "refuse" and (found := TAGS.search(settings.system)):
-        raise Misuse(f'holds "{found[0]}", a tag of the chat format (--tags escape admits it)', "--system")
-    if (settings.endpoint is None) != (settings.tokenizer is None):
-        raise Misuse("--endpoint and --tokenizer go together: prompts are sent as token ids", "--endpoint")
+    check_system(settings.system, settings.tags)
+    check_endpoint(settings.endpoint, settings.tokenizer)
     if settings.endpoint is not None and settings.pair is not None:
         raise Misuse("the two answers of a pair come from models here, or from one of a server", "--pair")
     if settings.pairs and settings.samples is not None:
@@ -159,11 +158,8 @@ def load_voices(settings: Settings, first: Sampling, second: Sampling) -> tuple[
 
 def read_requests(settings: Settings) -> Iterator[tuple[Place, Record]]:
     """Prompts and documents; a line of text is a prompt. Samples and pairs are of prompts only."""
-    if not settings.text:
-        kind = "prompt" if settings.pairs or settings.samples is not None else "request"
-        return read_records(settings.files, kind, max_line=settings.max_line)
-    lines = read_texts(settings.files, max_line=settings.max_line)
-    return ((place, {"messages": [{"role": "user", "content": line}]}) for place, line in lines)
+    kind = "prompt" if settings.pairs or settings.samples is not None else "request"
+    return read_prompts(settings.files, text=settings.text, kind=kind, max_line=settings.max_line)
 
 
 def answer(

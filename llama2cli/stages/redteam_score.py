@@ -22,7 +22,7 @@ from llama2cli import console
 from llama2cli.errors import DataError, Misuse
 from llama2cli.settings import Compute, Measuring, flag
 from llama2cli.text.folders import resolve_model
-from llama2cli.text.output import SILENT, Output, check_outputs, fingerprint
+from llama2cli.text.output import SILENT, Output, check_outputs, fingerprint, write_all
 from llama2cli.text.records import THRESHOLD, Record
 from llama2cli.text.streams import Place, read_records, windows
 
@@ -132,9 +132,7 @@ def run(settings: Settings) -> None:
     if (same := len(found) - len(prompts)) > 0:
         console.say(f"{same:,} violating prompts are the same as others, and are written and answered once")
     if settings.violating is not None:
-        with Output(settings.violating, key="", resume=False, inputs=settings.files or ["-"]) as out:
-            for _, prompt in prompts:
-                out.write(prompt)
+        write_all(settings.violating, (prompt for _, prompt in prompts), settings.files or ["-"])
         console.say(f"{settings.violating}: {len(prompts):,} violating prompts of {len(visits):,} sessions")
     # 2. what new models mitigate
     report = redteam.Report(visits, settings.average, settings.seed)

@@ -25,12 +25,13 @@ from llama2cli import console, provenance
 from llama2cli.errors import Misuse
 from llama2cli.measure.rates import sigmoid
 from llama2cli.settings import Compute, Filter, flag
-from llama2cli.text.chat import TAGS, encode_conversation, of_models
+from llama2cli.text.chat import encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
-from llama2cli.text.output import Output, check_outputs, open_outputs
+from llama2cli.text.output import check_outputs, open_outputs, write_all
 from llama2cli.text.pool import FromPool, Pool
+from llama2cli.text.prompts import check_endpoint, check_system, read_prompts
 from llama2cli.text.records import Record
-from llama2cli.text.streams import Place, read_records, read_texts, some, windows
+from llama2cli.text.streams import Place, some, windows
 
 if TYPE_CHECKING:
     from llama2cli.measure.best_of import Temperature
@@ -175,23 +176,20 @@ def run(settings: Settings) -> None:
     answers = settings.policy if settings.endpoint is None else settings.tokenizer or ""
     folders = [*{resolve_model(path): None for path in rewarders.values()}]
     folders += [resolve_model(answers)] if settings.endpoint is None else [Path(answers)]
-    prompts = some(read_prompts(settings), settings.files, "prompts")
+    read = read_prompts(settings.files, text=settings.text, max_line=settings.max_line)
+    prompts = some(read, settings.files, "prompts")
     earlier = read_pool(settings)
     newest = settings.round if settings.round is not None else earlier.newest + 1 if earlier else 1
     if settings.provenance:
         provenance.write(settings.provenance, settings, [*settings.files, *settings.pool, answers, *rewarders.values()])
-    out, every = open_outputs(settings, settings.all_samples, paths=[*folders, *settings.pool])
-    with out:
+    with open_outputs(settings, {"--all": settings.all_samples}, paths=[*folders, *settings.pool]) as outputs:
+        out, every = outputs.main, outputs.beside.get("--all")
         # 2. the models
         models = load(settings, rewarders)
         counts, done = Counts.start(settings, out.state), out.skip
         tally = Tally()
         # 3. the answers
-        with (
-            every or nullcontext(),
-            models.server or nullcontext(),
-            console.Progress("rs-sample", unit="answers") as progress,
-        ):
+        with models.server or nullcontext(), console.Progress("rs-sample", unit="answers") as progress:
             for window in windows(out.rest(asked(prompts, earlier, settings.system)), settings.window):
                 contests = sample(window, models, earlier, newest, settings, tally, progress)
                 score(contests, models, settings, counts, progress)
@@ -204,9 +202,7 @@ def run(settings: Settings) -> None:
                             every.write(record)
                 count(contests, counts, keep_truncated=settings.keep_truncated)
                 done += len(window)
-                if every:
-                    every.commit(done)  # before the other, which then can go back to any window that this one has
-                out.commit(done, counts.state())
+                outputs.commit(done, counts.state())
             write_metrics(counts, settings, newest)
     if models.server is not None:
         models.server.forget()  # the outputs are complete: the server's answers need not be kept beside them
@@ -228,22 +224,12 @@ def check(settings: Settings) -> None:
             raise Misuse(f"{t:g} is given twice", "--temperature")
     if 0 in heat and settings.samples > 1:
         raise Misuse(f"greedy answers are all the same: {settings.samples} samples want another one", "--temperature")
-    if (settings.endpoint is None) != (settings.tokenizer is None):
-        raise Misuse("--endpoint and --tokenizer go together: prompts are sent as token ids", "--endpoint")
-    if settings.system is not None and settings.tags == "refuse" and (found := TAGS.search(settings.system)):
-        raise Misuse(f'holds "{found[0]}", a tag of the chat format (--tags escape admits it)', "--system")
+    check_endpoint(settings.endpoint, settings.tokenizer)
+    check_system(settings.system, settings.tags)
     if settings.pool_mode == "last" and settings.pool and settings.round is None:
         raise Misuse("which round is the last? name this run's, and the pool's Samples of it compete", "--round")
     outputs = (("--out", settings.out), ("--all", settings.all_samples), ("--metrics", settings.metrics))
     check_outputs(outputs, [*settings.files, *settings.pool])
-
-
-def read_prompts(settings: Settings) -> Iterator[tuple[Place, Record]]:
-    """Prompts; a line of text is one."""
-    if not settings.text:
-        return read_records(settings.files, "prompt", max_line=settings.max_line)
-    lines = read_texts(settings.files, max_line=settings.max_line)
-    return ((place, {"messages": [{"role": "user", "content": line}]}) for place, line in lines)
 
 
 def read_pool(settings: Settings) -> Pool | None:
@@ -435,11 +421,8 @@ def write_metrics(counts: Counts, settings: Settings, newest: int) -> None:
     """The metric records, where they are asked for."""
     from llama2cli.measure import best_of
 
-    if settings.metrics is None:
-        return
-    with Output(settings.metrics, key="", resume=False, inputs=[*settings.files, *settings.pool]) as out:
-        for record in best_of.records(counts.heat, counts.kept, round=newest):
-            out.write(record)
+    metrics = best_of.records(counts.heat, counts.kept, round=newest)
+    write_all(settings.metrics, metrics, [*settings.files, *settings.pool])
 
 
 def report(counts: Counts, tally: Tally, settings: Settings, *, continued: bool) -> None:

@@ -16,8 +16,9 @@ import stat
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -112,23 +113,57 @@ def open_output(settings: Filter, *parts: Any, paths: Iterable[str | Path] = ())
     return Output(settings.out, key=key, resume=settings.resume is not False, inputs=settings.files or ["-"])
 
 
-def open_outputs(
-    settings: Filter, second: str | None, *parts: Any, paths: Sequence[str | Path] = ()
-) -> tuple[Output, Output | None]:
-    """The `Output` of a filter's flags, and that of a second file that is committed with it and before it, if named.
+@dataclass
+class Outputs:
+    """The output of a filter's flags, and others by the flag that names them, which go along with it.
 
-    Where the two that a killed command left do not go together, both start over.
+    A context manager; on the way out the others are finished first.
     """
-    out = open_output(settings, *parts, paths=paths)
-    if second is None:
-        return out, None
-    other = Output(second, key=fingerprint("second", out.key), resume=settings.resume is not False, most=out.skip)
-    if other.skip == out.skip:
-        return out, other
-    console.warn(f"{second}: what belongs to {settings.out} is not there; both start over")
-    out.leave()
-    other.leave()
-    return open_outputs(dataclasses.replace(settings, resume=False), second, *parts, paths=paths)
+
+    main: Output
+    beside: dict[str, Output]
+
+    def commit(self, done: int, state: Any = None) -> None:
+        """The first `done` inputs are done for ever. The main one is last, and can go back to any window that all
+        have."""
+        for out in self.beside.values():
+            out.commit(done)
+        self.main.commit(done, state)
+
+    def __enter__(self) -> Outputs:
+        with ExitStack() as stack:
+            for out in (self.main, *self.beside.values()):
+                stack.enter_context(out)
+            self.leave = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave.__exit__(kind, error, trace)
+
+
+def open_outputs(
+    settings: Filter, beside: Mapping[str, str | None], *parts: Any, paths: Sequence[str | Path] = ()
+) -> Outputs:
+    """The `Outputs` of a filter's flags; beside: flags and the paths that they name, None where one is not given.
+
+    Where those that a killed command left do not go together, all start over.
+    """
+    main = open_output(settings, *parts, paths=paths)
+    given = {name: path for name, path in beside.items() if path is not None}
+    resume = settings.resume is not False
+    others = {
+        name: Output(path, key=fingerprint(name, main.key), resume=resume, most=main.skip)
+        for name, path in given.items()
+    }
+    apart = [given[name] for name, out in others.items() if out.skip != main.skip]
+    if not apart:
+        return Outputs(main, others)
+    console.warn(f"{apart[0]}: what belongs to {settings.out} is not there; all outputs start over")
+    for out in (main, *others.values()):
+        out.leave()
+    return open_outputs(dataclasses.replace(settings, resume=False), beside, *parts, paths=paths)
 
 
 def check_outputs(outputs: Iterable[tuple[str, str | None]], inputs: Iterable[str]) -> None:
@@ -147,6 +182,15 @@ def check_outputs(outputs: Iterable[tuple[str, str | None]], inputs: Iterable[st
         if real in given:
             raise Misuse("is an input and the output; write to another file", name, path)
         seen[real] = name
+
+
+def write_all(path: str | None, records: Iterable[Any], inputs: Sequence[str | Path]) -> None:
+    """Write records to a file of their own at once, where one is named. inputs: as of `Output`."""
+    if path is None:
+        return
+    with Output(path, key="", resume=False, inputs=inputs) as out:
+        for record in records:
+            out.write(record)
 
 
 # --- the output ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from llama2cli.nn.model import Llama
 from llama2cli.sampling.engine import Engine, Result
 from llama2cli.sampling.scoring import Scorer
 from llama2cli.text.chat import encode_dialogue, encode_prompt
+from llama2cli.text.output import Output
 from llama2cli.text.records import prompt_id, validate
 from llama2cli.text.templates import SAFETY, read_templates
 from llama2cli.text.tokenizer import Tokenizer
@@ -467,7 +468,7 @@ def test_a_run_that_was_killed_goes_on(run, monkeypatch, tmp_path, where):
         if where == "scoring":
             broken(Scorer, "score", 6)
         elif where == "between the outputs":
-            broken(stage.Output, "commit", 6)
+            broken(Output, "commit", 6)
         elif where == "metrics":
             patch.setattr(stage, "write_metrics", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert go("cut")[0] == 130
@@ -494,7 +495,7 @@ def test_outputs_that_do_not_go_together_start_over(run, monkeypatch, tmp_path):
         assert run(PROMPTS, *flags)[0] == 130
     (tmp_path / "r.jsonl.partial").unlink()
     run(PROMPTS, *flags)
-    assert "r.jsonl: what belongs to" in run.err and "both start over" in run.err
+    assert "r.jsonl: what belongs to" in run.err and "all outputs start over" in run.err
     assert [(tmp_path / name).read_bytes() for name in ("out.jsonl", "r.jsonl")] == whole
 
 

@@ -22,6 +22,7 @@ from llama2cli.sampling.engine import Engine, Result
 from llama2cli.sampling.scoring import Scorer
 from llama2cli.text import constraints
 from llama2cli.text.chat import encode_dialogue
+from llama2cli.text.output import Output
 from llama2cli.text.records import prompt_id, validate
 from llama2cli.text.tokenizer import Tokenizer, train
 from llama2cli.training import dialogues
@@ -493,9 +494,8 @@ def test_a_killed_run_goes_on_without_sampling_again(run, folders, monkeypatch, 
             n, score = [0], Scorer.score
             patch.setattr(Scorer, "score", lambda *a, **k: interrupt_at(n, 4) or score(*a, **k))
         elif where == "committing":
-            n, output = [0], cli.stage("gatt-synth").Output
-            commit = output.commit
-            patch.setattr(output, "commit", lambda *a, **k: interrupt_at(n, 4) or commit(*a, **k))
+            n, commit = [0], Output.commit
+            patch.setattr(Output, "commit", lambda *a, **k: interrupt_at(n, 4) or commit(*a, **k))
         else:
             stops.append(8)
         assert run(DIALOGUES, *flags, out="cut.jsonl")[0] == 130

@@ -19,6 +19,7 @@ import transformers
 from llama2cli import cli
 from llama2cli.sampling.engine import Engine, Result
 from llama2cli.sampling.scoring import Scorer
+from llama2cli.text.output import Output
 from llama2cli.text.records import prompt_id, validate
 
 CONTEXT = 128
@@ -404,7 +405,7 @@ def test_a_run_that_was_killed_goes_on(run, monkeypatch, tmp_path, where):
         if where == "scoring":
             broken(Scorer, "score", 6)
         elif where == "between the outputs":
-            broken(cli.stage("rs-sample").Output, "commit", 6)
+            broken(Output, "commit", 6)
         elif where == "metrics":
             patch.setattr(cli.stage("rs-sample"), "write_metrics", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert go("cut")[0] == 130
@@ -430,7 +431,7 @@ def test_outputs_that_do_not_go_together_start_over(run, monkeypatch, tmp_path):
         assert run(PROMPTS, *flags, "--seed", 0)[0] != 0
     (tmp_path / "all.jsonl.partial").unlink()
     run(PROMPTS, *flags, "--seed", 0)
-    assert "both start over" in run.err
+    assert "all outputs start over" in run.err
     assert [(tmp_path / name).read_bytes() for name in ("out.jsonl", "all.jsonl")] == whole
 
 
