@@ -82,6 +82,16 @@ class Temperature:
         """The rewards of more prompts: the expected largest and median of N = 1..K of their samples, and their mean."""
         self.rewards.add(np.concatenate([largest_PK, median_PK, largest_PK - median_PK, mean_P[:, None]], 1))
 
+    def see(self, samples: Sequence[Record], rewards: Sequence[float], *, whole: bool) -> None:
+        """The samples of one prompt more. whole: those that were cut are not kept."""
+        self.answers += len(samples)
+        self.tokens += sum(s["n_tokens"] for s in samples)
+        self.truncated += sum(s["truncated"] for s in samples)
+        self.distinct += len({s["messages"][-1]["content"] for s in samples})
+        uncut = [reward for reward, s in zip(rewards, samples) if not s["truncated"]]
+        if uncut and whole:
+            self.whole.add(np.array([[max(uncut)]]))
+
     def curves(self) -> dict[str, list[Point]]:
         """By name, for N = 1..K; gain is max less median, what fine-tuning on the best can gain (Fig. 7)."""
         points = self.rewards.points()

@@ -302,3 +302,46 @@ def picture(attention: Attention, width: int = 64) -> list[str]:
         shades = "".join(SHADES[min(4, int(v * 5))] for v in values).rstrip()
         lines.append(f"{turn:4d}{' ' if obeyed else 'x'} {shades}")
     return lines
+
+
+# --- one model ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What is known of one model: it goes into the journal."""
+
+    obedience: Obedience
+    attention: Attention
+    dialogues: int = 0
+    rolled: int = 0
+    answers: int = 0
+    cut: int = 0
+
+    @classmethod
+    def start(cls, state: dict[str, Any] | None) -> Found:
+        """Nothing yet, or what an earlier process had found."""
+        if state is None:
+            return cls(Obedience(), Attention())
+        known = {
+            "obedience": Obedience.of_state(state["obedience"]),
+            "attention": Attention.of_state(state["attention"]),
+        }
+        return cls(**{**state, **known})
+
+    def state(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**vars(self), "obedience": self.obedience.state(), "attention": self.attention.state()}
+
+    def records(self, model: str) -> Iterator[Record]:
+        """Its metric records."""
+        yield from records(model, self.obedience)
+        yield from attention_metrics(model, self.attention)
+
+    def told(self, model: str, drawn: str) -> str:
+        """A closing line; what is 0 is not told. drawn: what is said of the answers, "" without any."""
+        times = f" answered {self.rolled:,} times" if self.rolled > self.dialogues else ""
+        parts = [f"{model}: {self.dialogues:,} dialogues{times}, {self.answers:,} answers judged", drawn]
+        if self.cut:
+            parts.append(f"{self.cut:,} times cut at a turn boundary: the context ends")
+        return "; ".join(filter(None, parts))

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from llama2cli.text.records import Record
+from llama2cli.text.records import Record, prompt_id
+from llama2cli.text.streams import Place
 from llama2cli.text.templates import Lesson
 
 PLACES = ("system", "user")
@@ -118,3 +120,71 @@ def student(prompt: Record, sampled: Record, answer: str) -> Record:
 
 
 OF_A_SAMPLE = ("sample", "policy", "temperature", "seed", "n_tokens", "truncated")
+
+
+# --- one prompt ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A prompt and its answers: the model's own, and those under each lesson, as the student would learn them.
+
+    lessons: what is distilled first, then what is there to compare. distilled: false for a prompt that is looked at
+    only. flaws: why an answer of the first lesson may not be kept. scores, logits: by reward model, for the plain
+    answers and then for each lesson's.
+    """
+
+    place: Place
+    prompt: Record
+    lessons: list[Lesson]
+    distilled: bool
+    plain: list[Record] = field(default_factory=list)
+    taught: list[list[Record]] = field(default_factory=list)
+    flaws: list[str | None] = field(default_factory=list)
+    logits: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def learn(
+        self,
+        lesson: Lesson,
+        samples: Sequence[Record],
+        pattern: re.Pattern[str] | None,
+        *,
+        keep_truncated: bool,
+        n: int,
+    ) -> None:
+        """Add a lesson's Samples as the student would learn them; of the first lesson's, why one may not be kept.
+
+        n: as of `quotes`.
+        """
+        messages = self.prompt["messages"]
+        prompt = {**self.prompt, "id": prompt_id(messages)}
+        learnt = []
+        for sampled in samples:
+            whole = sampled["messages"][-1]["content"]
+            answer = extracted(whole, pattern)
+            learnt.append({**student(prompt, sampled, whole if answer is None else answer), "teacher": lesson.kind})
+            if not self.taught:
+                wrong = flaw(answer, sampled["truncated"], keep_truncated)
+                if wrong is None and quotes(answer or "", lesson, messages, n):
+                    wrong = QUOTED
+                self.flaws.append(wrong)
+        self.taught.append(learnt)
+
+    def let_through(self, by: str | None) -> list[int]:
+        """Which of the first lesson's answers are kept: the best one if it is above by this score, without a gate all
+        that may be."""
+        allowed = [flaw is None for flaw in self.flaws]
+        if by is None:
+            return [i for i, may in enumerate(allowed) if may]
+        plain, taught = self.logits[by][:2]
+        best = gate(taught, plain, allowed)
+        return [] if best is None else [best]
+
+    def shown(self, by: str | None) -> int:
+        """Which of the first lesson's answers is shown where none is kept: the best that may be, or the best."""
+        logits = self.logits[by][1] if by else [0.0] * len(self.flaws)
+        return max(range(len(logits)), key=lambda i: (self.flaws[i] is None, logits[i], -i))
+
+    def why(self, by: str | None) -> str:
+        """Why none of them is kept: what is wrong with the one that is shown."""
+        return self.flaws[self.shown(by)] or WORSE

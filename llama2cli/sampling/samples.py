@@ -182,20 +182,48 @@ def sample_records(
             tally.count(result, max_new_tokens)
             text, n_escaped = answer_text(result, tokenizer, tags)
             tally.escaped += n_escaped
+            messages = [*record["messages"], {"role": "assistant", "content": text}]
             samples.append(
-                {
-                    **passed_on(record, place),
-                    "messages": [*record["messages"], {"role": "assistant", "content": text}],
-                    "id": prompt_id(record["messages"]),
-                    "sample": p.index,
-                    "policy": policy,
-                    "temperature": temperature,
-                    "seed": seed,
-                    "n_tokens": len(result.ids),
-                    "truncated": result.truncated,
-                }
+                as_sample(
+                    record,
+                    place,
+                    messages,
+                    sample=p.index,
+                    policy=policy,
+                    temperature=temperature,
+                    seed=seed,
+                    n_tokens=len(result.ids),
+                    truncated=result.truncated,
+                )
             )
         yield samples
+
+
+def as_sample(
+    record: Record,
+    place: Place,
+    messages: list[Record],
+    *,
+    sample: int,
+    policy: str,
+    temperature: float,
+    seed: int,
+    n_tokens: int,
+    truncated: bool,
+) -> Record:
+    """A Sample: messages that end with a policy's answer, what goes on of its prompt's record, and how it was drawn."""
+    prompt = messages[:-1]
+    return {
+        **passed_on({**record, "messages": prompt}, place),
+        "messages": messages,
+        "id": prompt_id(prompt),
+        "sample": sample,
+        "policy": policy,
+        "temperature": temperature,
+        "seed": seed,
+        "n_tokens": n_tokens,
+        "truncated": truncated,
+    }
 
 
 def passed_on(record: Record, place: Place) -> Record:

@@ -27,12 +27,13 @@ from llama2cli.text.chat import encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.output import check_outputs, open_outputs, write_all
 from llama2cli.text.prompts import check_endpoint, check_system, read_prompts
-from llama2cli.text.records import Record, prompt_id
+from llama2cli.text.records import Record
 from llama2cli.text.streams import Place, some, windows
-from llama2cli.text.templates import SAFETY, Lesson, Templates, read_templates
+from llama2cli.text.templates import SAFETY, Templates, extractor, read_templates
 
 if TYPE_CHECKING:
     from llama2cli.measure.distillation import Ledger
+    from llama2cli.rlhf.distillation import Case
     from llama2cli.sampling.load import Sampling
     from llama2cli.sampling.remote import RemoteEngine
     from llama2cli.sampling.samples import Tally, Voice
@@ -179,25 +180,6 @@ class Models(NamedTuple):
     server: RemoteEngine | None
 
 
-@dataclass
-class Case:
-    """A prompt and its answers: the model's own, and those under each lesson, as the student would learn them.
-
-    lessons: what is distilled first, then what is there to compare. distilled: false for a prompt that is looked at
-    only. flaws: why an answer of the first lesson may not be kept. scores, logits: by reward model, for the plain
-    answers and then for each lesson's.
-    """
-
-    place: Place
-    prompt: Record
-    lessons: list[Lesson]
-    distilled: bool
-    plain: list[Record] = field(default_factory=list)
-    taught: list[list[Record]] = field(default_factory=list)
-    flaws: list[str | None] = field(default_factory=list)
-    logits: dict[str, list[list[float]]] = field(default_factory=dict)
-
-
 def run(settings: Settings) -> None:
     """Read prompts, answer them with and without their templates, keep what the gate lets through."""
     from llama2cli.sampling.samples import Tally
@@ -208,8 +190,10 @@ def run(settings: Settings) -> None:
         return
     check(settings)
     templates = read_templates(settings.templates or SAFETY)
-    pattern = compiled(settings, templates)
-    check_compare(settings, templates)
+    given = templates.extract if settings.extract is None else settings.extract
+    pattern = extractor(given, "--extract" if settings.extract is not None else settings.templates)
+    if settings.compare and not (templates.teachers and templates.categories):
+        raise Misuse("there is nothing to compare: the templates want [[teachers]] and [[categories]]", "--compare")
     policy = settings.policy if settings.endpoint is None else settings.tokenizer
     folders = [*{resolve_model(path): None for path in settings.rewarders.values()}]
     folders += [resolve_model(policy or "")] if settings.endpoint is None else [Path(policy or "")]
@@ -274,27 +258,6 @@ def check(settings: Settings) -> None:
     check_outputs(outputs, [*settings.files, *([settings.templates] if settings.templates else [])])
 
 
-def check_compare(settings: Settings, templates: Templates) -> None:
-    """Raise Misuse where there are no two templates for one prompt."""
-    if settings.compare and not (templates.teachers and templates.categories):
-        raise Misuse("there is nothing to compare: the templates want [[teachers]] and [[categories]]", "--compare")
-
-
-def compiled(settings: Settings, templates: Templates) -> re.Pattern[str] | None:
-    """The pattern of --extract, or of the templates. Raises Misuse."""
-    given = settings.extract if settings.extract is not None else templates.extract
-    if not given:
-        return None
-    try:
-        pattern = re.compile(given)
-    except re.error as e:
-        where = "--extract" if settings.extract is not None else settings.templates
-        raise Misuse(f"is no regular expression: {e}", where) from None
-    if pattern.groups > 1:
-        raise Misuse(f"has {pattern.groups} groups; one says what is kept (others are written (?:...))", "--extract")
-    return pattern
-
-
 def settle(settings: Settings) -> Sampling:
     """How answers are drawn. Raises Misuse for several that would all be the same."""
     from llama2cli.sampling.voices import drawn_as
@@ -318,7 +281,7 @@ def ask(
     window: Window, models: Models, templates: Templates, settings: Settings, counts: Counts, tally: Tally
 ) -> list[Case]:
     """The prompts of a window that are answered, with what each is put into. What is left out is counted."""
-    from llama2cli.rlhf.distillation import adversarial
+    from llama2cli.rlhf.distillation import Case, adversarial
     from llama2cli.sampling.samples import passed_on, with_system
 
     cases = []
@@ -330,7 +293,7 @@ def ask(
             if not settings.show_harm:
                 continue
         record = with_system(record, settings.system)
-        lessons = lessons_for(record, place, templates, settings)
+        lessons = templates.lessons(record, settings.seed, compare=settings.compare, place=place)
         if not lessons:
             why = "there is no template for it"
             console.warn(f"{place.file}:{place.line}: left out: {why}", f"prompts left out: {why}")
@@ -349,20 +312,6 @@ def count_reason(counts: Counts, reason: str, distilled: bool = True) -> None:
     """Count why nothing is kept of a prompt."""
     if distilled:
         counts.reasons[reason] = counts.reasons.get(reason, 0) + 1
-
-
-def lessons_for(record: Record, place: Place, templates: Templates, settings: Settings) -> list[Lesson]:
-    """What a prompt is put into; with --compare the preprompt comes after its category's template."""
-    key = prompt_id(record["messages"])
-    category = templates.category_of(record)
-    general = templates.general(key, settings.seed)
-    if category is None:
-        if templates.categories and record.get("category"):
-            what = f'there is no template for the category "{record["category"]}"; it gets a preprompt'
-            console.warn(f"{place.file}:{place.line}: {what}", "prompts of a category without a template")
-        return [general] if general else []
-    lesson = templates.of_category(category, key, settings.seed)
-    return [lesson, general] if settings.compare and general else [lesson]
 
 
 def has_room(case: Case, models: Models, settings: Settings, tally: Tally) -> bool:
@@ -419,7 +368,7 @@ def sample(
     found = iter(drawn(asked, models, settings, tally, progress))
     for case in cases:
         for lesson in case.lessons:
-            learn(case, lesson, next(found), pattern, settings)
+            case.learn(lesson, next(found), pattern, keep_truncated=settings.keep_truncated, n=settings.quote)
 
 
 def drawn(
@@ -447,27 +396,6 @@ def drawn(
     return list(found)
 
 
-def learn(
-    case: Case, lesson: Lesson, samples: Sequence[Record], pattern: re.Pattern[str] | None, settings: Settings
-) -> None:
-    """Add a lesson's answers to a case as the student would learn them; of the first, why one may not be kept."""
-    from llama2cli.rlhf.distillation import QUOTED, extracted, flaw, quotes, student
-
-    messages = case.prompt["messages"]
-    prompt = {**case.prompt, "id": prompt_id(messages)}
-    learnt = []
-    for sampled in samples:
-        whole = sampled["messages"][-1]["content"]
-        answer = extracted(whole, pattern)
-        learnt.append({**student(prompt, sampled, whole if answer is None else answer), "teacher": lesson.kind})
-        if not case.taught:
-            wrong = flaw(answer, sampled["truncated"], settings.keep_truncated)
-            if wrong is None and quotes(answer or "", lesson, messages, settings.quote):
-                wrong = QUOTED
-            case.flaws.append(wrong)
-    case.taught.append(learnt)
-
-
 def score(
     cases: Sequence[Case], models: Models, settings: Settings, counts: Counts, progress: console.Progress
 ) -> None:
@@ -488,9 +416,7 @@ def score(
 
 def judge(case: Case, settings: Settings, counts: Counts) -> list[Record]:
     """The student's records of a case; none for one that is looked at only. All is counted."""
-    from llama2cli.rlhf.distillation import WORSE
-
-    chosen = let_through(case, settings)
+    chosen = case.let_through(settings.gated_by)
     count(case, chosen, settings, counts.ledger)
     if not case.distilled:
         return []
@@ -498,26 +424,8 @@ def judge(case: Case, settings: Settings, counts: Counts) -> list[Record]:
         counts.answered += 1
         counts.kept += len(chosen)
     else:
-        count_reason(counts, WORSE if None in case.flaws else case.flaws[shown(case, settings)] or WORSE)
+        count_reason(counts, case.why(settings.judge))
     return [scored(case, i, settings) for i in chosen]
-
-
-def let_through(case: Case, settings: Settings) -> list[int]:
-    """Which of the first lesson's answers are kept: the best one if it is above, without a gate all that may be."""
-    from llama2cli.rlhf.distillation import gate
-
-    allowed = [flaw is None for flaw in case.flaws]
-    if settings.gated_by is None:
-        return [i for i, may in enumerate(allowed) if may]
-    plain, taught = case.logits[settings.gated_by][:2]
-    best = gate(taught, plain, allowed)
-    return [] if best is None else [best]
-
-
-def shown(case: Case, settings: Settings) -> int:
-    """Which of the first lesson's answers is shown where none is kept: the best that may be, or the best."""
-    logits = case.logits[settings.judge][1] if settings.judge else [0.0] * len(case.flaws)
-    return max(range(len(logits)), key=lambda i: (case.flaws[i] is None, logits[i], -i))
 
 
 def scored(case: Case, i: int, settings: Settings) -> Record:
@@ -531,10 +439,7 @@ def scored(case: Case, i: int, settings: Settings) -> Record:
 
 def refused(case: Case, settings: Settings) -> Record:
     """The record for --rejected: the answer that came closest, why it is not kept, and the best one without."""
-    from llama2cli.rlhf.distillation import WORSE
-
-    i = shown(case, settings)
-    record = {**scored(case, i, settings), "rejected": case.flaws[i] or WORSE}
+    record = {**scored(case, case.shown(settings.judge), settings), "rejected": case.why(settings.judge)}
     if settings.judge is not None:
         plain = case.logits[settings.judge][0]
         record["plain"] = case.plain[plain.index(max(plain))]["messages"][-1]["content"]

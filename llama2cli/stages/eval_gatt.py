@@ -19,10 +19,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2cli import console, provenance
-from llama2cli.errors import DataError, Misuse
+from llama2cli.errors import Misuse
 from llama2cli.settings import Compute, Filter, flag
 from llama2cli.text import constraints as lists
 from llama2cli.text.chat import of_models
@@ -30,18 +30,17 @@ from llama2cli.text.folders import resolve_model
 from llama2cli.text.formats import read_dialogues
 from llama2cli.text.output import Outputs, check_outputs, open_outputs
 from llama2cli.text.prompts import check_endpoint
-from llama2cli.text.records import Record, prompt_id
-from llama2cli.text.streams import Place, decode, read_json, some, windows
+from llama2cli.text.records import Record
+from llama2cli.text.streams import Place, some, windows
 
 if TYPE_CHECKING:
-    from llama2cli.measure.gatt import Attention, Judged, Obedience
+    from llama2cli.measure.gatt import Found, Judged
     from llama2cli.sampling.load import Sampling
     from llama2cli.sampling.samples import Tally, Voice
     from llama2cli.sampling.scoring import Scorer
     from llama2cli.sampling.turns import Rolled
 
 Window = Sequence[tuple[Place, Record]]
-OWN = "own"  # the kind of an instruction that a dialogue brings without one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,35 +137,6 @@ class Settings(Filter, Compute):
     json: bool = flag(default=False, help="only the records, no table")
 
 
-@dataclass
-class Found:
-    """What is known of one model: it goes into the journal."""
-
-    obedience: Obedience
-    attention: Attention
-    dialogues: int = 0
-    rolled: int = 0
-    answers: int = 0
-    cut: int = 0
-
-    @classmethod
-    def start(cls, state: dict[str, Any] | None) -> Found:
-        """Nothing yet, or what an earlier process had found."""
-        from llama2cli.measure.gatt import Attention, Obedience
-
-        if state is None:
-            return cls(Obedience(), Attention())
-        known = {
-            "obedience": Obedience.of_state(state["obedience"]),
-            "attention": Attention.of_state(state["attention"]),
-        }
-        return cls(**{**state, **known})
-
-    def state(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {**vars(self), "obedience": self.obedience.state(), "attention": self.attention.state()}
-
-
 class Plan(NamedTuple):
     """One roll-out. number: of its dialogue in the input. instruction: as the model is given it."""
 
@@ -189,6 +159,7 @@ class Models:
 
 def run(settings: Settings) -> None:
     """Roll the dialogues out with each model, judge the answers, show and write the shares by turn."""
+    from llama2cli.measure.gatt import Found
     from llama2cli.sampling.remote import journal_beside
     from llama2cli.sampling.samples import Tally, policy_names
     from llama2cli.sampling.voices import drawn_as
@@ -201,7 +172,7 @@ def run(settings: Settings) -> None:
     folders = [resolve_model(path) for path in weights] if is_local else [Path(path) for path in weights]
     folders += [resolve_model(settings.judge)] if settings.judge is not None else []
     constraints = read_constraints(settings)
-    trained = read_trained(settings)
+    trained = lists.read_instructions(settings.trained, max_line=settings.max_line) if settings.trained else None
     drawn = (settings.endpoint, settings.temperature, settings.top_p)
     sampling = [drawn_as(path, *drawn) for path in settings.model]
     what = "dialogues with an instruction that can be judged" + ("" if constraints else "; give --constraints")
@@ -230,8 +201,9 @@ def run(settings: Settings) -> None:
                         evaluate(plans, models, settings, outputs, found[name], tallies[i], progress)
                         done += len(window)
                         outputs.commit(done, {n: f.state() for n, f in found.items()})
-        for record in records(found):
-            out.write(record)
+        for name, f in found.items():
+            for record in f.records(name):
+                out.write(record)
     if journal is not None:
         journal.unlink(missing_ok=True)  # the outputs are complete: the server's answers need not be kept beside them
     report(found, tallies, sampling, settings)
@@ -287,32 +259,12 @@ def read_constraints(settings: Settings) -> list[Record]:
     return kept
 
 
-def read_trained(settings: Settings) -> set[str] | None:
-    """The instructions of --trained; None where it is not known."""
-    if not settings.trained:
-        return None
-    found: set[str] = set()
-    for place, text in read_json(settings.trained, max_line=settings.max_line):
-        record = decode(text, place)
-        made = record.get("gatt") if isinstance(record, dict) else None
-        if isinstance(made, dict) and isinstance(made.get("constraints"), list):
-            found |= {spoken(lists.constraint(c, place)["instruction"]) for c in made["constraints"]}
-        else:
-            given = {"kind": OWN, **record} if isinstance(record, dict) else record
-            found.add(spoken(lists.constraint(given, place)["instruction"]))
-    return found
-
-
-def spoken(instruction: str) -> str:
-    """An instruction for comparing: white space does not count."""
-    return " ".join(instruction.split())
-
-
 def planned(settings: Settings, names: Sequence[str], constraints: Sequence[Record]) -> Iterator[tuple[Place, Record]]:
     """For each model each dialogue: its user turns, with its number and the constraints that it is answered under.
 
     A dialogue without an instruction is left out, and counted. Paths are checked now.
     """
+    from llama2cli.measure.checkers import compile_check
     from llama2cli.sampling.turns import join_turns, user_turns
 
     order = list(constraints)
@@ -324,8 +276,10 @@ def planned(settings: Settings, names: Sequence[str], constraints: Sequence[Reco
         joined = join_turns(bare, settings.join) if settings.join is not None else bare
         number = 0
         for place, record in joined:
-            own = own_constraint(record, place, settings)
-            given = [own] if own else [order[(number * each + i) % len(order)] for i in range(each)]
+            own = lists.constraint_of(record, place, compile_check)
+            if own is not None and "check" not in own and settings.judge is None:
+                own = None
+            given = [own] if own is not None else [order[(number * each + i) % len(order)] for i in range(each)]
             if not given:
                 why = "it has no instruction that can be judged, and there are no --constraints"
                 console.warn(f"{place.file}:{place.line}: left out: {why}", "dialogues left out: no instruction")
@@ -341,29 +295,12 @@ def planned(settings: Settings, names: Sequence[str], constraints: Sequence[Reco
     return (item for name, read in sources for item in of_model(name, read))
 
 
-def own_constraint(record: Record, place: Place, settings: Settings) -> Record | None:
-    """The constraint that a dialogue brings, where it can be judged. Raises DataError, which names the field."""
-    from llama2cli.measure.checkers import compile_check
-
-    where: tuple[object, ...] = place
-    if record.get("constraint") is not None:
-        given, where = record["constraint"], (*place, "constraint")
-        if not isinstance(given, dict):
-            raise DataError("expected an object with kind, instruction and check", *where)
-    elif isinstance(record.get("instruction"), str):
-        given = {name: record[name] for name in ("kind", "instruction", "short", "check") if name in record}
-    else:
-        return None
-    made = lists.constraint({"kind": OWN, **given}, where, compile_check)
-    return made if "check" in made or settings.judge is not None else None
-
-
 def plans_of(place: Place, record: Record, trained: set[str] | None, settings: Settings) -> list[Plan]:
     """The roll-outs of one dialogue."""
     plans = []
     for c in record["constraints"]:
         instruction = (c.get("short") if settings.short else None) or c["instruction"]
-        seen = None if trained is None else spoken(c["instruction"]) in trained
+        seen = None if trained is None else lists.spoken(c["instruction"]) in trained
         bare = {k: v for k, v in record.items() if k not in ("model", "number", "constraints", "constraint")}
         plans += [
             Plan(place, bare, record["number"], c, instruction.strip(), seen, sample)
@@ -529,20 +466,23 @@ def write(
 
 def rolled_record(p: Plan, r: Rolled, j: Judged, models: Models, settings: Settings) -> Record:
     """A Sample: the dialogue with its answers as the model was shown it, and in "gatt" what was obeyed."""
-    from llama2cli.sampling.samples import passed_on
+    from llama2cli.sampling.samples import as_sample
 
     messages = shown(r.messages, p.instruction, settings.place)
     known = {"constraints": [p.constraint], "instruction": p.instruction, "place": settings.place}
+    sample = as_sample(
+        p.record,
+        p.place,
+        messages,
+        sample=p.sample,
+        policy=models.policy.policy,
+        temperature=models.policy.temperature,
+        seed=settings.seed,
+        n_tokens=r.n_tokens[-1],
+        truncated=r.truncated[-1],
+    )
     return {
-        **passed_on({**p.record, "messages": messages[:-1]}, p.place),
-        "messages": messages,
-        "id": prompt_id(messages[:-1]),
-        "sample": p.sample,
-        "policy": models.policy.policy,
-        "temperature": models.policy.temperature,
-        "seed": settings.seed,
-        "n_tokens": r.n_tokens[-1],
-        "truncated": r.truncated[-1],
+        **sample,
         "gatt": {
             **known,
             **({} if p.trained is None else {"trained": p.trained}),
@@ -571,15 +511,6 @@ def attended(record: Record, p: Plan, models: Models, settings: Settings) -> lis
     return list(attention_records(largest_weights(engine.model, ids).cpu().numpy(), parts, settings.attention_bin))
 
 
-def records(found: dict[str, Found]) -> Iterator[Record]:
-    """The metric records, model after model."""
-    from llama2cli.measure import gatt
-
-    for name, f in found.items():
-        yield from gatt.records(name, f.obedience)
-        yield from gatt.attention_metrics(name, f.attention)
-
-
 # --- telling ------------------------------------------------------------------------------------------------------
 
 
@@ -597,10 +528,5 @@ def report(found: dict[str, Found], tallies: Sequence[Tally], sampling: Sequence
         if not attention:
             console.say("")
     for (name, f), tally, s in zip(found.items(), tallies, sampling, strict=True):
-        times = f" answered {f.rolled:,} times" if f.rolled > f.dialogues else ""
-        parts = [f"{name}: {f.dialogues:,} dialogues{times}, {f.answers:,} answers judged"]
-        if tally.answers:
-            parts.append(tally.told(s.told(), settings.max_new_tokens))
-        if f.cut:
-            parts.append(f"{f.cut:,} times cut at a turn boundary: the context ends")
-        console.say("; ".join(parts))
+        how = tally.told(s.told(), settings.max_new_tokens) if tally.answers else ""
+        console.say(f.told(name, how))

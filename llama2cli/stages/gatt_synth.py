@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
@@ -32,6 +32,7 @@ from llama2cli.text.records import Record, prompt_id
 from llama2cli.text.streams import Place, open_output, some, windows
 
 if TYPE_CHECKING:
+    from llama2cli.measure.synthesis import Counts
     from llama2cli.rlhf.gatt import Drawn
     from llama2cli.sampling.load import Sampling
     from llama2cli.sampling.remote import RemoteEngine
@@ -122,50 +123,6 @@ class Settings(Filter, Compute):
     window: int = flag(default=64, help="dialogues that are answered at once; a killed command loses no more", low=1)
 
 
-@dataclass
-class Kind:
-    """What became of the constraints of one kind."""
-
-    drawn: int = 0  # dialogues
-    kept: int = 0  # records
-    shortened: int = 0  # of these records
-    checked: int = 0  # answers
-    obeyed: int = 0  # of these answers
-
-
-@dataclass
-class Counts:
-    """What is told at the end, over all processes of a run: it goes into the journal."""
-
-    dialogues: int = 0
-    turns: int = 0
-    few: int = 0
-    cut: int = 0
-    unanswered: int = 0
-    truncated: int = 0
-    empty: int = 0
-    broken: int = 0
-    poor: int = 0
-    kept: int = 0
-    shortened: int = 0
-    combined: int = 0
-    scored: int = 0
-    forgot: int = 0
-    kinds: dict[str, Kind] = field(default_factory=dict)
-    masks: dict[str, int] = field(default_factory=dict)  # the mask report
-
-    @classmethod
-    def start(cls, state: dict[str, Any] | None) -> Counts:
-        """Nothing yet, or what an earlier process had counted."""
-        if state is None:
-            return cls()
-        return cls(**{**state, "kinds": {name: Kind(**kind) for name, kind in state["kinds"].items()}})
-
-    def state(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {**vars(self), "kinds": {name: vars(kind) for name, kind in self.kinds.items()}}
-
-
 class Models(NamedTuple):
     """Who answers, and who judges."""
 
@@ -205,6 +162,7 @@ class Candidate:
 
 def run(settings: Settings) -> None:
     """Read dialogues, answer them window by window, write what is to be trained in their order."""
+    from llama2cli.measure.synthesis import Counts, Kind
     from llama2cli.sampling.samples import Tally
     from llama2cli.sampling.voices import drawn_as
 
@@ -504,21 +462,23 @@ def rewarded(candidates: Sequence[Candidate], settings: Settings, counts: Counts
 
 def records(candidates: Sequence[Candidate], policy: Voice, settings: Settings) -> Iterator[Record]:
     """The records that are written: Samples, ready for sft."""
-    from llama2cli.sampling.samples import passed_on
+    from llama2cli.sampling.samples import as_sample
 
     for c in candidates:
-        drawn, prompt = c.plan.drawn, c.messages[:-1]
-        kept = passed_on({**c.plan.record, "messages": prompt}, c.plan.place)
+        drawn = c.plan.drawn
+        sample = as_sample(
+            c.plan.record,
+            c.plan.place,
+            c.messages,
+            sample=c.plan.sample,
+            policy=policy.policy,
+            temperature=policy.temperature,
+            seed=settings.seed,
+            n_tokens=c.rolled.n_tokens[c.turn - 1],
+            truncated=c.truncated,
+        )
         yield {
-            **kept,
-            "messages": c.messages,
-            "id": prompt_id(prompt),
-            "sample": c.plan.sample,
-            "policy": policy.policy,
-            "temperature": policy.temperature,
-            "seed": settings.seed,
-            "n_tokens": c.rolled.n_tokens[c.turn - 1],
-            "truncated": c.truncated,
+            **sample,
             **({} if c.reward is None else {"reward": c.reward}),
             "gatt": {
                 "constraints": list(drawn.constraints),
@@ -569,29 +529,10 @@ def report(counts: Counts, tally: Tally, sampling: Sampling, settings: Settings)
     """Tables and the closing lines on stderr."""
     from llama2cli.training.dialogues import Report
 
-    rows = []
-    for name, kind in counts.kinds.items():
-        short = f"{100 * kind.shortened / kind.kept:.1f}" if kind.kept else ""
-        obeyed = f"{100 * kind.obeyed / kind.checked:.1f}" if kind.checked else ""
-        rows.append([name, f"{kind.drawn:,}", f"{kind.kept:,}", short, f"{kind.checked:,}", obeyed])
-    console.table("", ["constraints", "dialogues", "records", "short %", "answers checked", "obeyed %"], rows)
+    console.tables([counts.table()])
     console.say("")
     Report(**counts.masks).show()
     console.say(tally.told(sampling.told(), settings.max_new_tokens))
-    parts = [f"{counts.dialogues:,} dialogues, {counts.turns:,} turns answered, {counts.kept:,} records"]
-    if counts.kept:
-        parts.append(f"{counts.shortened:,} shortened ({counts.shortened / counts.kept:.1%})")
-    more = [
-        (counts.combined, "dialogues with a combination"),
-        (counts.cut, "dialogues cut at a turn boundary: the context ends"),
-        (counts.few, f"left out: fewer than {settings.min_turns} turns"),
-        (counts.unanswered, "left out: no turn fits into the context"),
-        (counts.truncated, "records left out: the trained answer was cut (--keep-truncated keeps such)"),
-        (counts.empty, "records left out: the trained answer is empty"),
-        (counts.broken, "records left out: an answer disobeys"),
-        (counts.poor, "records left out by the reward model"),
-        (counts.forgot, "scored without their first turns, which the reward model's context does not hold"),
-    ]
-    console.say("; ".join(parts + [f"{n:,} {what}" for n, what in more if n]))
+    console.say(counts.told(settings.min_turns))
     if not counts.kept:
         console.warn("no record was written")

@@ -407,14 +407,7 @@ def count(contests: Sequence[Contest], counts: Counts, *, keep_truncated: bool) 
         rewards_PK = np.array([contest.rewards[mine] for contest in answered])
         t.add(expected_max(rewards_PK), expected_median(rewards_PK), rewards_PK.mean(1))
         for contest in answered:
-            samples = contest.fresh[mine]
-            t.answers += t.k
-            t.tokens += sum(s["n_tokens"] for s in samples)
-            t.truncated += sum(s["truncated"] for s in samples)
-            t.distinct += len({s["messages"][-1]["content"] for s in samples})
-            whole = [reward for reward, s in zip(contest.rewards[mine], samples) if not s["truncated"]]
-            if whole and not keep_truncated:
-                t.whole.add(np.array([[max(whole)]]))
+            t.see(contest.fresh[mine], contest.rewards[mine], whole=not keep_truncated)
 
 
 def write_metrics(counts: Counts, settings: Settings, newest: int) -> None:

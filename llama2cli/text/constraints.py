@@ -29,6 +29,7 @@ from llama2cli.text.streams import MAX_LINE, decode, read_json
 
 FIELDS = ("kind", "instruction", "short", "check")
 FORMS = ("regex", "not_regex", "all", "any", "predicate")
+OWN = "own"  # the kind of an instruction that a dialogue brings without one
 MAX_DEPTH = 20  # of checks in checks
 Compile = Callable[[Record, str], object]  # (check, its field), raises Wrong
 
@@ -87,6 +88,42 @@ def constraint(record: Any, place: Iterable[object] = (), compile: Compile | Non
             what = f'the field "{name}" is not known and passes through{hint}'
             console.warn(": ".join([":".join(map(str, place)), what]) if place else what, what)
     return record
+
+
+def constraint_of(record: Record, place: Iterable[object] = (), compile: Compile | None = None) -> Record | None:
+    """The constraint that a dialogue's record brings, in "constraint" or as "instruction" with "check"; None of none.
+
+    Raises DataError at its place and field.
+    """
+    where = tuple(place)
+    if record.get("constraint") is not None:
+        given, where = record["constraint"], (*where, "constraint")
+        if not isinstance(given, dict):
+            raise DataError("expected an object with kind, instruction and check", *where)
+    elif isinstance(record.get("instruction"), str):
+        given = {name: record[name] for name in FIELDS if name in record}
+    else:
+        return None
+    return constraint({"kind": OWN, **given}, where, compile)
+
+
+def read_instructions(paths: Sequence[str | Path], *, max_line: int = MAX_LINE) -> set[str]:
+    """The instructions of constraint records, or of dialogues that were made to obey them ("gatt"), as `spoken`."""
+    found: set[str] = set()
+    for place, text in read_json(paths, max_line=max_line):
+        record = decode(text, place)
+        made = record.get("gatt") if isinstance(record, dict) else None
+        if isinstance(made, dict) and isinstance(made.get("constraints"), list):
+            found |= {spoken(constraint(c, place)["instruction"]) for c in made["constraints"]}
+        else:
+            given = {"kind": OWN, **record} if isinstance(record, dict) else record
+            found.add(spoken(constraint(given, place)["instruction"]))
+    return found
+
+
+def spoken(instruction: str) -> str:
+    """An instruction for comparing: white space does not count."""
+    return " ".join(instruction.split())
 
 
 def kinds(constraints: Iterable[Record]) -> Counter[str]:

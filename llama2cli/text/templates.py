@@ -22,9 +22,11 @@ from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta, Struct
 
+from llama2cli import console
 from llama2cli.errors import DataError, Misuse, did_you_mean
 from llama2cli.text.chat import TAGS
-from llama2cli.text.records import Record, Wrong, conform
+from llama2cli.text.records import Record, Wrong, conform, prompt_id
+from llama2cli.text.streams import Place
 
 SAFETY = Path(__file__).with_name("safety.toml")
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
@@ -123,6 +125,19 @@ class Templates:
         category = self.category_of(record)
         return self.general(prompt, seed) if category is None else self.of_category(category, prompt, seed)
 
+    def lessons(self, record: Record, seed: int, *, compare: bool, place: Place) -> list[Lesson]:
+        """What the prompt of a record is put into (see `lesson`), none without either.
+
+        compare: after its category's template a teacher's too. A category without a template is told and counted.
+        """
+        key = prompt_id(record["messages"])
+        first, general = self.lesson(record, key, seed), self.general(key, seed)
+        if self.category_of(record) is None and self.categories and record.get("category"):
+            what = f'there is no template for the category "{record["category"]}"; it gets a preprompt'
+            console.warn(f"{place.file}:{place.line}: {what}", "prompts of a category without a template")
+        both = [first, general if compare and first and first.kind == TEMPLATE else None]
+        return [lesson for lesson in both if lesson]
+
     def _drawn(self, drawn: random.Random) -> Any:
         """A function that gives one of the words of a name, never the same twice."""
         left = {name: drawn.sample(list(words), len(words)) for name, words in self.words.items()}
@@ -147,6 +162,19 @@ def _substituted(text: str, value: Any, again: bool = False) -> str:
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
+
+
+def extractor(given: str, where: str | None) -> re.Pattern[str] | None:
+    """The pattern of what is kept of an answer; None of "". where: the flag or file that gives it. Raises Misuse."""
+    if not given:
+        return None
+    try:
+        pattern = re.compile(given)
+    except re.error as e:
+        raise Misuse(f"is no regular expression: {e}", where) from None
+    if pattern.groups > 1:
+        raise Misuse(f"has {pattern.groups} groups; one says what is kept (others are written (?:...))", "--extract")
+    return pattern
 
 
 def read_templates(path: str | Path) -> Templates:
