@@ -418,5 +418,5 @@ def static_cases(tokens: int = 8192) -> list[Case]:
                 ("rope_qkv backward", record(rope_join, dq, dk, dv, *table, layout, True), H + 2 * G),
             ):
                 moved = 4 * heads * K + 8  # the position, too
-                cases.append(Case(title + name, model, made, tokens, moved, 4 * heads * K))
+                cases.append(Case(title + name, model, made, tokens, moved, 4 * heads * K, elements=heads * K))
     return cases

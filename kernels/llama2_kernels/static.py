@@ -27,13 +27,13 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llama2_kernels import registry
+from llama2_kernels import liger, registry
 from llama2_kernels.registry import Case, Launch
 
 FILES = [f for f in ("rms_norm", "swiglu", "rope", "linear_cross_entropy") if find_spec(f"llama2_kernels.{f}")]
@@ -68,7 +68,7 @@ class Code:
 
     registers: int
     stack: int  # bytes a thread: of spilled registers, and of whatever else lies in local memory
-    spills: int  # bytes stored and loaded again, a thread
+    spills: int  # bytes that a thread stores there and loads again
     shared: int  # bytes a program
     all: Counter[str]
     loops: Counter[str]
@@ -76,9 +76,11 @@ class Code:
 
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b(.*)")
-_GLOBAL = {"LDG": "load", "LD": "load", "STG": "store", "ST": "store", "LDGSTS": "copy"}
+_ACCESS = {
+    **{"LDG": "load", "LD": "load", "STG": "store", "ST": "store", "LDGSTS": "copy"},
+    **{"LDL": "local", "STL": "local"},
+}
 _CLASSES = {
-    "local": ("LDL", "STL"),
     "fp64": ("DFMA", "DMUL", "DADD", "DSETP"),
     "special": ("MUFU",),
     "barrier": ("BAR",),
@@ -90,9 +92,9 @@ def _classes(opcode: str) -> Iterator[str]:
     """What an instruction counts as: "load.128", "load.kept.128" (evict_last: found in the cache), "special", ..."""
     base, *parts = opcode.split(".")
     yield "total"
-    if base in _GLOBAL:
+    if base in _ACCESS:
         bits = next((p.lstrip("US") for p in parts if p in ("128", "64", "U16", "S16", "U8", "S8")), "32")
-        yield f"{_GLOBAL[base]}.{'kept.' if 'EL' in parts else ''}{bits}"
+        yield f"{_ACCESS[base]}.{'kept.' if 'EL' in parts else ''}{bits}"
     for name, opcodes in _CLASSES.items():
         if base in opcodes:
             yield name
@@ -102,7 +104,7 @@ def _count(opcodes: Iterable[str]) -> Counter[str]:
     return Counter(name for opcode in opcodes for name in _classes(opcode))
 
 
-def read_code(text: str, shared: int, spills: int = 0) -> Code:
+def read_code(text: str, shared: int) -> Code:
     """`cuobjdump -res-usage -sass` of one kernel."""
     usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", text)}
     lines = [(int(m[1], 16), m[3], m[4]) for m in map(_LINE.search, text.splitlines()) if m and m[3] != "NOP"]
@@ -114,12 +116,13 @@ def read_code(text: str, shared: int, spills: int = 0) -> Code:
     bodies = [_count(op for at, op, _ in lines if low <= at <= high) for low, high in loops]
     # Of an unrolled loop and its remainder the smaller one: one turn of it.
     reading = [b for b in bodies if any(name.startswith(("load.", "copy.")) for name in b)]
+    whole = _count(op for _, op, _ in lines)
     return Code(
         registers=usage["REG"],
         stack=usage["STACK"],
-        spills=spills,
+        spills=sum(n * int(name.split(".")[-1]) // 8 for name, n in whole.items() if name.startswith("local.")),
         shared=shared,
-        all=_count(op for _, op, _ in lines),
+        all=whole,
         loops=_count(op for at, op, _ in lines if any(low <= at <= high for low, high in loops)),
         hot=min(reading, key=lambda body: body["total"], default=None),
     )
@@ -164,22 +167,7 @@ def _compiled(what: _Same, warps: int, stages: int, arch: int) -> Code:
         cubin.write_bytes(made.asm["cubin"])
         dump = [_tool("cuobjdump"), "-res-usage", "-sass", str(cubin)]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-        code = read_code(text, made.metadata.shared)
-        if code.stack or code.all["local"]:  # how much of it is spills only the assembler says
-            ptx = Path(folder) / "kernel.ptx"
-            ptx.write_text(made.asm["ptx"])
-            again = [
-                _tool("ptxas"),
-                "-v",
-                f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}",
-                str(ptx),
-                "-o",
-                "/dev/null",
-            ]
-            told = subprocess.run(again, capture_output=True, text=True, check=True).stderr
-            spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
-            code = read_code(text, made.metadata.shared, spilled)
-    return code
+    return read_code(text, made.metadata.shared)
 
 
 def _tool(name: str) -> str:
@@ -286,7 +274,7 @@ def faults(case: Case, launch: Launch, code: Code, most: int, machine: Machine) 
     """What must not be: spills, local memory, fp64, atomics, narrow access in the kernel that moves the bytes."""
     if code.spills > case.spill_bytes:
         yield f"{code.spills} bytes spilled"
-    if (code.stack or code.all["local"]) and not case.spill_bytes:
+    if code.stack and not case.spill_bytes:
         yield f"{code.stack} bytes of local memory"
     if code.all["fp64"]:
         yield f"{code.all['fp64']} instructions in fp64"
@@ -337,6 +325,58 @@ def describe_all(case: Case, arch: int) -> Iterator[dict[str, Any]]:
 
 # --- report -------------------------------------------------------------------------------------------------------
 
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "warps": lambda r: str(r["warps"]),
+    "registers": lambda r: str(r["registers"]),
+    "spills": lambda r: str(r["spills"]),
+    "shared B": lambda r: f"{r['shared']:,}",
+    "programs/SM": lambda r: f"{r['programs_resident']} of {r['programs_fit']}",
+    "occupancy": lambda r: f"{r['occupancy']:.0%}",
+    "loads": lambda r: _wide(r["loads"] | {f"{k} async": n for k, n in r["copies"].items()}),
+    "stores": lambda r: _wide(r["stores"]),
+    "B/element": lambda r: f"{r['bytes_per_element']:.2f}" if r.get("bytes_per_element") else "",
+    "KB in flight": lambda r: f"{r['kb_in_flight']:.0f}" if "tokens" in r else "",
+    "memory us": lambda r: f"{r['memory_us']:.0f}" if "tokens" in r else "",
+    "issue us": lambda r: _maybe(r.get("issue_us")),
+    "special us": lambda r: _maybe(r.get("special_us")),
+}
+OTHERS = ("warps", "registers", "spills", "programs/SM", "B/element", "KB in flight")
+
+
+def _wide(counts: dict[str, int]) -> str:
+    return " ".join(f"{n}x{bits}" for bits, n in counts.items())
+
+
+def _maybe(us: float | None) -> str:
+    return "" if us is None else f"{us:.0f}"
+
+
+def table(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of Markdown; where the architectures differ a cell has both, the A100 first."""
+    by_case: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in ours:
+        by_case.setdefault((row["op"], row["model"], row["kernel"]), []).append(row)
+    beside: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in others:
+        beside.setdefault((row["op"], row["model"]), []).append(row)
+    names = ["operator", "model", "kernel", *COLUMNS, *(f"Liger: {name}" for name in OTHERS if others)]
+    yield _line(names)
+    yield _line(["---", "---", "---", *("---:" for _ in names[3:])])
+    for (op, model, kernel), found in by_case.items():
+        cells = [_both(found, show) for show in COLUMNS.values()]
+        if others:
+            peers = beside.get((op, model), []) if "tokens" in found[0] else []
+            cells += [_both(peers, COLUMNS[name]) for name in OTHERS]
+        yield _line([op, model, kernel, *cells])
+
+
+def _both(found: list[dict[str, Any]], show: Callable[[dict[str, Any]], str]) -> str:
+    return " / ".join(dict.fromkeys(show(row) for row in found))
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
 
 def main() -> int:
     """The command."""
@@ -351,12 +391,30 @@ def main() -> int:
         why = "TRITON_INTERPRET is set" if registry.HAS_TRITON else "triton is not installed"
         print(f"nothing can be compiled: {why}", file=sys.stderr)
         return 2
-    wrong = 0
-    for arch in [asked.arch] if asked.arch else MACHINES:
+    archs = [asked.arch] if asked.arch else list(MACHINES)
+    found: list[dict[str, Any]] = []
+    for arch in archs:
         for row in rows(arch, model=asked.model, only=asked.only, tokens=asked.tokens):
-            wrong += len(row["faults"])
-            print(json.dumps(row) if asked.json else row, flush=True)
+            found.append(row)
+            if asked.json:
+                print(json.dumps(row), flush=True)
+    peers = [] if asked.json or not liger.version() else list(_peers(archs, asked))
+    if not asked.json:
+        devices = " / ".join(f"{MACHINES[a].name} (sm_{a}, {MACHINES[a].gb_per_s:,.0f} GB/s)" for a in archs)
+        print(f"bf16, {asked.tokens} tokens, {devices}; triton {importlib.import_module('triton').__version__}", end="")
+        print(f", Liger-Kernel {liger.version()}\n" if peers else "\n")
+        print("\n".join(table(found, peers)))
+    wrong = [f"{r['op']}, {r['model']}, {r['kernel']}, sm_{r['arch']}: {fault}" for r in found for fault in r["faults"]]
+    for line in wrong:
+        print(line, file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _peers(archs: Iterable[int], asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for arch in archs:
+        for case in liger.static_cases(asked.tokens, MACHINES[arch].sms):
+            if asked.only in case.op and asked.model in (None, case.model):
+                yield from describe_all(case, arch)
 
 
 if __name__ == "__main__":

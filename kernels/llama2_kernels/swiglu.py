@@ -305,5 +305,5 @@ def static_cases(tokens: int = 8192) -> list[Case]:
             ("swiglu_pair forward", record(swiglu_pair_forward, gate, up), 6),
             ("swiglu_pair backward", record(swiglu_pair_backward, dy, gate, up), 10),
         ):
-            cases.append(Case(name, model, made, tokens, each * width, each * width))
+            cases.append(Case(name, model, made, tokens, each * width, each * width, elements=width))
     return cases
