@@ -106,21 +106,20 @@ def test_any_width(device: str, guarded: None, width: int, interleaved: bool) ->
         check(q, k, cos, sin, packed(2, T, 40, device) if i % 2 else None, interleaved)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("heads", HEADS)
-def test_any_heads(device: str, guarded: None, heads: tuple[int, int], interleaved: bool) -> None:
+def test_any_heads(device: str, guarded: None, heads: tuple[int, int]) -> None:
     cos, sin = table(16, 30, device)
-    for T in (1, 11):
-        q, k = (numbers(3, T, n, 16, dtype=BF16, device=device) for n in heads)
-        check(q, k, cos, sin, packed(3, T, 30, device), interleaved)
+    for B, T, interleaved in ((2, 11, False), (1, 5, True), (3, 1, True)):
+        q, k = (numbers(B, T, n, 16, dtype=BF16, device=device) for n in heads)
+        check(q, k, cos, sin, packed(B, T, 30, device), interleaved)
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 def test_heads_of_the_models(device: str, guarded: None, model: str, interleaved: bool) -> None:
     H, G, K = MODELS[model]
-    q, k = numbers(2, 3, H, K, dtype=BF16, device=device), numbers(2, 3, G, K, dtype=BF16, device=device)
-    check(q, k, *table(K, 4096, device), torch.tensor([[4095, 0, 1], [77, 78, 0]], device=device), interleaved)
+    q, k = numbers(1, 3, H, K, dtype=BF16, device=device), numbers(1, 3, G, K, dtype=BF16, device=device)
+    check(q, k, *table(K, 4096, device), torch.tensor([[4095, 0, 77]], device=device), interleaved)
 
 
 def test_tiles_fit_the_models() -> None:
@@ -202,12 +201,11 @@ def test_the_two_layouts_are_a_permutation_apart(device: str) -> None:
 # --- one projection -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (8, 1), (12, 4)])
-def test_a_fused_projection(device: str, guarded: None, heads: tuple[int, int], interleaved: bool) -> None:
+def test_a_fused_projection(device: str, guarded: None, heads: tuple[int, int]) -> None:
     """`rope_qkv` is `rope` of its parts; its gradient is theirs side by side."""
     H, G = heads
-    for T, width, dtype in ((1, 16, BF16), (9, 20, FP32), (6, 16, FP16)):
+    for T, width, dtype, interleaved in ((1, 16, BF16, True), (5, 20, FP32, False), (6, 16, FP16, True)):
         qkv = numbers(2, T, H + 2 * G, width, dtype=dtype, device=device)
         cos, sin = table(width, 30, device)
         positions = packed(2, T, 30, device) if T > 1 else None
@@ -443,11 +441,10 @@ def same(a: list[Tensor], b: list[Tensor], tolerance: float = 0.0) -> bool:
     return all(torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_whole(device: str, dynamic: bool) -> None:
+def test_compiled_whole(device: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for T in (6, 37) if dynamic else (6,):
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (6, 17):
         inputs = block_inputs(device, T)
         assert same(results(compiled, inputs), results(block, inputs), 1e-4)
 
