@@ -7,7 +7,15 @@ import json
 import pytest
 
 from llama2cli.errors import DataError
-from llama2cli.text.constraints import ASKED, kinds, of_names, parse_list, read_constraints
+from llama2cli.text.constraints import (
+    ASKED,
+    constraint_of,
+    kinds,
+    of_names,
+    parse_list,
+    read_constraints,
+    read_instructions,
+)
 from llama2cli.text.records import Wrong
 
 GOOD = {"kind": "figure", "instruction": "Act as Napoleon."}
@@ -139,3 +147,23 @@ def test_constraints_of_names():
     assert made[0]["instruction"] == "Always act as Napoleon from now on."
     assert of_names("hobby", ["Tennis"])[0][0]["instruction"] == "You enjoy Tennis."
     assert all("{n}" in a.question and "{}" in a.instruction and "{}" in a.short for a in ASKED.values())
+
+
+def test_the_constraint_that_a_dialogue_brings():
+    check = {"regex": "a"}
+    assert constraint_of({"messages": []}) is None and constraint_of({"constraint": None}) is None
+    assert constraint_of({"constraint": GOOD, "instruction": "another"}) == GOOD
+    own = {"instruction": "Act.", "check": check}
+    assert constraint_of({**own, "messages": [], "id": "x"}) == {"kind": "own", **own}
+    with pytest.raises(DataError, match="in:3:constraint: expected an object with kind, instruction and check"):
+        constraint_of({"constraint": "Act."}, ("in", 3))
+    with pytest.raises(DataError, match="in:3: check"):
+        constraint_of({"instruction": "Act.", "check": {}}, ("in", 3))
+
+
+def test_instructions_of_constraints_and_of_what_was_trained(file):
+    made = {"messages": [], "gatt": {"constraints": [{"kind": "x", "instruction": "One."}, {**GOOD, "note": 1}]}}
+    path = file(made, {"instruction": " Say \n two. "})
+    assert read_instructions([path]) == {"Act as Napoleon.", "One.", "Say two."}
+    with pytest.raises(DataError, match=r"rules\.jsonl:2"):
+        read_instructions([file({"messages": []})])

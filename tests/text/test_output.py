@@ -26,7 +26,7 @@ from llama2cli import console
 from llama2cli.errors import DataError, Misuse
 from llama2cli.settings import Filter
 from llama2cli.text import output
-from llama2cli.text.output import Output, encode, fingerprint, open_output
+from llama2cli.text.output import Output, encode, fingerprint, open_output, open_outputs, write_all
 from llama2cli.text.streams import Place, read_lines, read_records, windows
 
 N, WINDOW = 100, 7
@@ -583,3 +583,54 @@ class TestFingerprint:
             command(stop=True)
         os.utime(source, (1, 1))
         assert command() == 0
+
+
+class TestTogether:
+    """Several outputs of one command."""
+
+    @staticmethod
+    def command(folder: Path, stop: int | None = None, **flags: bool) -> int:
+        """Copy records to three files, in windows of one; interrupted before the commit of input `stop`."""
+        settings = Filter(files=[str(folder / "in.jsonl")], out=str(folder / "a"), **flags)
+        with open_outputs(settings, {"--b": str(folder / "b"), "--c": None, "--d": str(folder / "d")}) as outputs:
+            assert set(outputs.beside) == {"--b", "--d"}
+            skip = outputs.main.skip
+            for place, record in outputs.main.rest(read_records(settings.files, "document")):
+                for each in (outputs.main, *outputs.beside.values()):
+                    each.write(record)
+                if place.line == stop:
+                    outputs.beside["--b"].commit(place.line)  # and then the process is killed
+                    raise KeyboardInterrupt
+                outputs.commit(place.line, {"n": place.line})
+        return skip
+
+    @pytest.fixture
+    def source(self, tmp_path) -> bytes:
+        data = b"".join(encode(record) for _, record in FEW)
+        (tmp_path / "in.jsonl").write_bytes(data)
+        return data
+
+    def test_all_go_back_to_what_all_have(self, tmp_path, source):
+        with pytest.raises(KeyboardInterrupt):
+            self.command(tmp_path, stop=9)
+        assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+        assert self.command(tmp_path) == 8
+        assert {(tmp_path / name).read_bytes() for name in "abd"} == {source}
+        assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "a", "b", "d"}
+
+    def test_one_that_is_lost_makes_all_start_over(self, tmp_path, source, capsys):
+        with pytest.raises(KeyboardInterrupt):
+            self.command(tmp_path, stop=9)
+        (tmp_path / "d.partial").unlink()
+        assert self.command(tmp_path) == 0
+        assert (
+            f"{tmp_path / 'd'}: what belongs to {tmp_path / 'a'} is not there; all outputs" in capsys.readouterr().err
+        )
+        assert {(tmp_path / name).read_bytes() for name in "abd"} == {source}
+
+    def test_a_file_of_its_own(self, tmp_path, source):
+        write_all(None, iter([1]), [])
+        write_all(str(tmp_path / "m"), ({"n": n} for n in (1, 2)), [tmp_path / "in.jsonl"])
+        assert (tmp_path / "m").read_bytes() == b'{"n":1}\n{"n":2}\n'
+        with pytest.raises(Misuse, match="is an input and the output"):
+            write_all(str(tmp_path / "in.jsonl"), [], [tmp_path / "in.jsonl"])
