@@ -3,16 +3,19 @@
 The matrix products are cuBLAS's, of blocks of the logits; what is made of the logits is Triton's. Nothing of the size
 tokens x vocabulary exists at any time.
 
-Forward: the logits of a chunk of tokens, in fp32 also where the product is of 16 bits (rounded to bf16, a logit of 20 is
-off by up to 0.06), and one pass over them. Each thread keeps a largest logit of its own and rescales its sum once for
-the 16 logits that it reads at a time: 1.06 exponentials a logit. Kept for the backward pass are two numbers a token,
-the largest logit and the log of the sum of exponentials of the others less it (their sum, in fp32, would lose what
-distinguishes a probability from 1 where logits are large).
+Forward: the logits of a chunk of tokens, in fp32 also where the product is of 16 bits (rounded to bf16, a logit of 20
+is off by up to 0.06), and one pass over them. Each thread keeps a largest logit of its own and rescales its sum once
+for the 16 logits that it reads at a time: 1.06 exponentials a logit. Kept for the backward pass are two numbers a
+token, the largest logit and the log of the sum of exponentials of all less it (their sum, in fp32, would lose what
+distinguishes probabilities where logits are large).
 
 Backward, for any gradient of the tokens: the logits of a block of the vocabulary again, which become their own gradient
 (in place; beside them, in the dtype of the product, where that has 16 bits), and two more products. A block's part of
 the head's gradient is thus summed over all tokens before it is rounded, once; the gradient of the hidden states is
 summed over blocks in fp32. There are no atomics: on one device a result is the same bits each time.
+
+What each token counts in `linear_cross_entropy` is known at once: there the gradient is made while the logits of a
+chunk are at hand, three products in all instead of four, with the head's gradient summed over chunks in fp32.
 
 Bytes for a logit, beside the products' own: 4 read forward; 4 read and 2 written backward (4 in fp32).
 Letters of shapes: N tokens, D width, V vocabulary, C tokens of a chunk, W columns of a block.
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llama2_kernels.registry import Case, jit, launch, on, op, record, tl
 
@@ -38,6 +42,9 @@ CHUNK_LOGITS = 1 << 25  # forward: 128 MB in fp32; 1,024 tokens at a vocabulary 
 MIN_CHUNK = 256  # tokens: products of fewer spend their time on reading the head
 BLOCK_LOGITS = 20 << 20  # backward: 80 MB in fp32 and 40 in bf16
 BLOCK_TOKENS = 8192  # of a block; its width is what the logits leave, and each block rereads the other gradient's sum
+LOSS_TOKENS = (
+    1536  # of a chunk where the gradient comes with the loss; each chunk rereads the sum of the head's gradient
+)
 PAD = 16  # columns that rows of logits begin at multiples of: 16-byte accesses whatever the vocabulary
 TILE, TILE_WARPS = 2048, 8  # of the gradient: 8 logits a thread
 
@@ -312,6 +319,77 @@ def _by_inputs(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None
 head_forward.register_autograd(_by_inputs, setup_context=_keep)
 
 
+def _loss_fake(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None,
+    dtype: torch.dtype, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kind = _sum_dtype(dtype)
+    d_hidden, d_weight = _backward_fake(
+        hidden, hidden, weight, targets, hidden, hidden, dtype, need_hidden, need_weight
+    )
+    return hidden.new_empty((), dtype=kind), hidden.new_empty(hidden.shape[:1], dtype=kind), d_hidden, d_weight
+
+
+@op("linear_cross_entropy", _loss_fake, whole=True)
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None,
+    dtype: torch.dtype, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, the log-probabilities [N], and the loss's gradients by hidden and weight (empty where not needed)."""
+    loss, logprobs, d_hidden, d_weight = _loss_fake(hidden, weight, targets, scale, dtype, need_hidden, need_weight)
+    n, v, total, device = hidden.shape[0], weight.shape[0], _sum_dtype(dtype), hidden.device
+    if n == 0:
+        return loss.zero_(), logprobs, d_hidden, d_weight.zero_()
+    size = min(LOSS_TOKENS, n)
+    top, log = torch.empty((2, n), dtype=total, device=device)
+    grad = torch.full((n,), -1.0, dtype=total, device=device) if scale is None else -scale.to(total).contiguous()
+    sum_weight = d_weight
+    if need_weight and d_weight.dtype != total:
+        sum_weight = torch.empty(weight.shape, dtype=total, device=device)
+    with torch.autocast(device.type, enabled=False):
+        w = weight.to(dtype)
+        logits = torch.empty((size, _padded(v)), dtype=total, device=device)
+        slopes = logits if dtype == total else torch.empty_like(logits, dtype=dtype)
+        for start in range(0, n, size):
+            part = slice(start, min(start + size, n))
+            h, x, g = hidden[part].to(dtype), *(b[: part.stop - start, :v] for b in (logits, slopes))
+            _product(h, w.t(), x)
+            _reduce(x, targets[part], logprobs[part], top[part], log[part], None)
+            _differentiate(x, g, targets[part], top[part], log[part], grad[part], 0)
+            if need_hidden and d_hidden.dtype in (dtype, total):
+                _product(g, w, d_hidden[part])
+            elif need_hidden:
+                d_hidden[part] = torch.mm(g, w)
+            if need_weight:
+                _product(g.t(), h, sum_weight, add=start > 0)
+    if sum_weight is not d_weight:
+        d_weight.copy_(sum_weight)
+    torch.sum(logprobs * grad.masked_fill_(targets == IGNORE, 0), dim=0, out=loss)
+    return loss, logprobs, d_hidden, d_weight
+
+
+class _Loss(torch.autograd.Function):
+    """`head_loss` in eager mode: its gradients are scaled where they lie, which no operator of torch may do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, dtype: torch.dtype,
+        needed: tuple[bool, bool],
+    ) -> Tensor:  # fmt: skip
+        loss, *rest = head_loss(hidden, weight, targets, scale, dtype, *needed)
+        ctx.save_for_backward(*rest)
+        ctx.scale = None if scale is None else scale.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logprobs, *found = ctx.saved_tensors  # refused, by torch, when they have been changed by an earlier pass
+        made = [d.mul_(grad) if need else None for d, need in zip(found, ctx.needs_input_grad)]
+        d_scale = (-logprobs * grad).to(ctx.scale) if ctx.needs_input_grad[3] else None
+        return *made, None, d_scale, None, None
+
+
 # --- functions ----------------------------------------------------------------------------------------------------
 
 
@@ -363,8 +441,17 @@ def token_logprobs_and_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None = None) -> Tensor:
     """Sum over tokens of scale * -log softmax(hidden weight^T)[target], a scalar; targets of -100 are left out.
 
-    scale [N], 1 where None, may have a gradient. Otherwise as `token_logprobs`.
+    scale [N], 1 where None, may have a gradient. Gradients are computed with the loss and given to the first backward
+    pass: a second one through the same loss raises RuntimeError. Otherwise as `token_logprobs`, and computed by it in
+    compiled regions and in fp16, whose range a gradient leaves that the upstream one has not scaled yet.
     """
+    dtype, training = _product_dtype(hidden), torch.is_grad_enabled()
+    needed = training and hidden.requires_grad, training and weight.requires_grad
+    if any(needed) and dtype != torch.float16 and not torch.compiler.is_compiling():
+        _check(hidden, weight, targets)
+        if scale is not None and scale.shape != targets.shape:
+            raise ValueError(f"scale {tuple(scale.shape)} for {targets.shape[0]} tokens")
+        return _Loss.apply(hidden, weight, targets.contiguous(), scale, dtype, needed)
     logprobs = token_logprobs(hidden, weight, targets)
     if scale is not None:
         logprobs = logprobs * scale.masked_fill(targets == IGNORE, 0)

@@ -6,7 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from llama2_kernels.linear_cross_entropy import token_logprobs
+from llama2_kernels.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,7 +19,11 @@ class Model(nn.Module):
         self.head = nn.Parameter(torch.randn(50, 24) * 0.3)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return -token_logprobs(self.linear(x), self.head, targets).mean()
+        hidden = self.linear(x)
+        scale = torch.full(targets.shape, 0.5)
+        return (
+            linear_cross_entropy(hidden, self.head, targets, scale) - token_logprobs(hidden, self.head, targets).mean()
+        )
 
 
 def main(store: str, rank: int) -> None:

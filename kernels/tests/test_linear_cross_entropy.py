@@ -1,4 +1,4 @@
-"""The head and its loss against torch's in fp64, for any gradient of the tokens, and together with what surrounds it."""
+"""The head and its loss against torch's in fp64, for any gradient of the tokens, and with what surrounds it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llama2_kernels import registry
 from llama2_kernels.linear_cross_entropy import (
     head_backward,
     head_forward,
+    head_loss,
     linear_cross_entropy,
     reference_linear_cross_entropy,
     reference_token_logprobs_and_entropy,
@@ -33,6 +34,7 @@ pytestmark = [
 ]
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SHAPES = [(1, 1, 1), (1, 8, 33), (7, 3, 2), (11, 16, 100), (13, 24, 128), (4, 9, 513), (6, 16, 1040)]
 KINDS = pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
 
 
@@ -43,6 +45,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "MIN_CHUNK", 5)
     monkeypatch.setattr(head, "BLOCK_LOGITS", 128 * 4)
     monkeypatch.setattr(head, "BLOCK_TOKENS", 4)
+    monkeypatch.setattr(head, "LOSS_TOKENS", 5)
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def half_ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
 def check(
     hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, product: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Results and gradients within their roundings: of fp32 (fp64), of the slopes to the product's dtype, and at the end."""
+    """Results and gradients within their roundings: of fp32 (fp64), of slopes to the product's dtype, at the end."""
     product = product or hidden.dtype
     h, w = (x.detach().to(product).double().requires_grad_() for x in (hidden, weight))
     want, entropy, p = exactly(h, w, targets)
@@ -108,7 +111,12 @@ def check(
     off = off + torch.finfo(product).smallest_normal * torch.finfo(product).eps
     allowed = [off @ w.abs(), off.t() @ h.abs()]
     found = torch.autograd.grad(got, [hidden, weight], grad)
-    for name, a, b, room, leaf in zip(("hidden", "weight"), found, grads, allowed, (hidden, weight)):
+    total = linear_cross_entropy(hidden, weight, targets, -grad)
+    assert total.dtype == kind and abs(total - (want * grad).sum()) <= (3 * of_logits * grad.abs()).sum()
+    with_loss = torch.autograd.grad(total, [hidden, weight])
+    for name, a, b, room, leaf in zip(
+        ("hidden", "weight") * 2, (*found, *with_loss), grads * 2, allowed * 2, (hidden, weight) * 2
+    ):
         assert a.dtype == leaf.dtype and a.shape == leaf.shape
         apart = (a - b).abs() / (half_ulp(b.abs() + room, leaf.dtype) + room)
         worst = apart.max() if a.numel() else 0
@@ -117,7 +125,7 @@ def check(
 
 
 @KINDS
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 33), (7, 3, 2), (11, 16, 100), (13, 24, 128), (4, 9, 513), (6, 16, 1040)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_shape(device: str, guarded: None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check(*case(*shape, dtype, device, scale=2.0))
 
@@ -191,8 +199,7 @@ def test_by_hand(device: str) -> None:
 def test_gradcheck(device: str) -> None:
     hidden, weight, targets, _ = case(5, 2, 7, FP64, device)
     assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets), (hidden, weight), fast_mode=True)
-    scale = torch.rand(5, dtype=FP64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *x: linear_cross_entropy(*x[:2], targets, x[2]), (hidden, weight, scale))
+    # (It goes through a loss twice, which `linear_cross_entropy` refuses: see `check` for that.)
 
 
 @KINDS
@@ -335,6 +342,9 @@ def test_of_one_of_the_two(device: str, monkeypatch: pytest.MonkeyPatch, which: 
     (found,) = torch.autograd.grad(got, [leaf], grad)
     blocks = 3 * 3  # of 4 tokens of 11 and of 128 columns of 300
     assert torch.equal(found, both[which]) and len(products) == 2 * blocks
+    products.clear()
+    (with_loss,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, -grad), [leaf])
+    assert torch.allclose(with_loss, found, rtol=1e-4, atol=1e-5) and len(products) == 2 * 3  # chunks of 5 of 11
 
 
 def test_without_gradients(device: str) -> None:
@@ -373,13 +383,28 @@ def test_as_often_as_wanted(device: str) -> None:
         slope.sum().backward()
 
 
+def test_a_second_pass_through_the_loss_is_refused(device: str) -> None:
+    """The loss may be used twice; what its one pass gave is not changed by trying another."""
+    hidden, weight, targets, _ = case(9, 8, 60, FP32, device)
+    total = linear_cross_entropy(hidden, weight, targets)
+    (want,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), [weight])
+    (got,) = torch.autograd.grad(2 * total + total * 0.5, [weight], retain_graph=True)
+    assert torch.allclose(got, 2.5 * want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, [weight])
+
+
 def test_of_a_tied_table(device: str) -> None:
     _, table, targets, grad = case(9, 8, 60, FP32, device)
     ids = torch.randint(0, 60, (9,), device=device)
     exact = table.detach().double().requires_grad_()
-    (got,) = torch.autograd.grad(token_logprobs(F.embedding(ids, table), table, targets), [table], grad)
-    (want,) = torch.autograd.grad(exactly(F.embedding(ids, exact), exact, targets)[0], [exact], grad.double())
-    assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6)
+    x, y = F.embedding(ids, table), F.embedding(ids, exact)
+    (want,) = torch.autograd.grad(exactly(y, exact, targets)[0], [exact], grad.double())
+    for (got,) in (
+        torch.autograd.grad(token_logprobs(x, table, targets), [table], grad, retain_graph=True),
+        torch.autograd.grad(linear_cross_entropy(x, table, targets, -grad), [table]),
+    ):
+        assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulation_adds_up(device: str) -> None:
@@ -400,7 +425,18 @@ def test_the_heads_gradient_is_summed_in_fp32(device: str) -> None:
     grad = torch.full((n,), 2.0**-10, device=device)
     grad[0] = 1.0
     (got,) = torch.autograd.grad(token_logprobs(hidden, weight, targets), [weight], grad)
-    assert float(got[0, 0]) == pytest.approx((1 + (n - 1) / 1024) * 15 / 16, rel=2**-8)
+    (with_loss,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, -grad), [weight])
+    for d in (got, with_loss):
+        assert float(d[0, 0]) == pytest.approx((1 + (n - 1) / 1024) * 15 / 16, rel=2**-8)
+
+
+def test_fp16_gradients_wait_for_the_scale_of_the_loss(device: str) -> None:
+    """A mean over 2^20 tokens would leave nothing of fp16's slopes; scaled by 2^20 first, all of them."""
+    hidden, weight, targets, _ = case(5, 8, 60, FP16, device)
+    scale = torch.full((5,), 2.0**-20, device=device)
+    (want,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), [weight])
+    (got,) = torch.autograd.grad(2**20 * linear_cross_entropy(hidden, weight, targets, scale), [weight])
+    assert torch.equal(got, want) and got.abs().sum() > 0
 
 
 def test_the_same_bits_each_time(device: str) -> None:
@@ -452,6 +488,10 @@ def test_the_logits_are_never_whole(device: str, whole_pieces: None, monkeypatch
     with Sizes() as seen:
         head_backward.launcher(each, hidden, weight, targets, each, each, BF16, True, True)
     assert 0 < seen.largest <= 80 << 20 < n * v * 2 // 10
+    monkeypatch.setattr(torch, "sum", lambda *args, **named: None)
+    with Sizes() as seen:
+        head_loss.launcher(hidden, weight, targets, None, BF16, True, True)
+    assert 0 < seen.largest <= 1536 * v * 4 < n * v * 4 // 10
 
 
 # --- as an operator of torch --------------------------------------------------------------------------------------
@@ -462,6 +502,9 @@ def test_opcheck(device: str) -> None:
         hidden, weight, targets, grad = case(6, 8, 40, dtype, device)
         torch.library.opcheck(head_forward, (hidden, weight, targets, dtype, True), atol=1e-5, rtol=1e-2)
         torch.library.opcheck(head_forward, (hidden, weight, targets, dtype, False), atol=1e-5, rtol=1e-2)
+        for flags in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(head_loss, (hidden.detach(), weight.detach(), targets, grad, dtype, *flags))
+        torch.library.opcheck(head_loss, (hidden.detach(), weight.detach(), targets, None, dtype, True, True))
         _, _, top, log = (x.detach() for x in head_forward(hidden, weight, targets, dtype, False))
         for needed in ((True, True), (True, False), (False, True)):
             leaves = hidden.detach(), weight.detach()
@@ -531,11 +574,11 @@ def test_checkpointing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want = results(step, inputs)
     chunks = len(calls)
     again = lambda *x: checkpoint(step, *x, use_reentrant=False)  # noqa: E731
-    assert same(results(again, inputs), want) and len(calls) == 3 * chunks
+    assert chunks == 2 * 2 and same(results(again, inputs), want) and len(calls) == 3 * chunks
 
     def save_ours(context: object, operator: object, *args: object, **named: object) -> CheckpointPolicy:
-        ours = torch.ops.llama2_kernels.token_logprobs.default
-        return CheckpointPolicy.MUST_SAVE if operator == ours else CheckpointPolicy.PREFER_RECOMPUTE
+        ours = torch.ops.llama2_kernels.token_logprobs.default, torch.ops.llama2_kernels.linear_cross_entropy.default
+        return CheckpointPolicy.MUST_SAVE if operator in ours else CheckpointPolicy.PREFER_RECOMPUTE
 
     def selective(*x: Tensor) -> Tensor:
         return checkpoint(
@@ -588,7 +631,7 @@ for arch in (80, 90):
             code = static.compile_launch(case.launches[0], arch)
             if case.op == "gradient of logits":
                 assert loads["128"] == 2 and stores == {"128": 1} and whole, label
-                assert code.all["special"] <= 8 + 2, label  # one exponential a logit; two make the division by the number of tiles
+                assert code.all["special"] <= 8 + 2, label  # an exponential a logit; a division by the number of tiles
             else:
                 assert loads == {"128": 4} and row["in_loop"] and whole, label
                 assert code.hot["special"] == 16 + 1 and not code.hot["barrier"], label
@@ -604,7 +647,7 @@ print("odd")
 
 
 def test_machine_code(compiler_env: dict[str, str]) -> None:
-    """For the A100 and the H200: no spills, 16 bytes at a time, 17 exponentials for 16 logits, no barrier in the loop."""
+    """For the A100 and the H200: no spills, 16 bytes an access, 17 exponentials for 16 logits, no barrier."""
     env = {**compiler_env, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", STATIC], env=env, capture_output=True, text=True)
     assert done.stdout.split() == ["clean", "odd"], done.stderr
