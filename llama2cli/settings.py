@@ -141,12 +141,9 @@ class Training(Compute):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled(Compute):
-    """What every command takes that lets one model answer what a person typed."""
+class Drawing(Compute):
+    """How answers are drawn, where one model gives them."""
 
-    model: str = flag(help="the model: an HF folder, step folder or run folder", complete="checkpoint")
-    system: str | None = flag(default=None, help="system prompt, where there is no other")
-    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
     temperature: float | None = flag(
         default=None, help="0 is greedy; when not given the model's generation_config.json decides, else 0.6", low=0
     )
@@ -156,6 +153,44 @@ class Sampled(Compute):
         low=0,
         high=1,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Compute):
+    """What every command takes whose answers may come from another machine."""
+
+    endpoint: str | None = flag(
+        default=None,
+        metavar="URL",
+        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp); the model is a name that it serves",
+    )
+    tokenizer: str | None = flag(
+        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
+    )
+    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Served):
+    """What every command takes that lets a model answer and works with the answers."""
+
+    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
+    tags: Literal["refuse", "escape", "keep"] = flag(
+        default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
+    )
+    skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill a context; else an error")
+    batch_tokens: int | None = flag(
+        default=None, low=1, help="tokens that are scored at the same time (default: 2048 on a CPU, 16384 on CUDA)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Drawing):
+    """What every command takes that lets one model answer what a person typed."""
+
+    model: str = flag(help="the model: an HF folder, step folder or run folder", complete="checkpoint")
+    system: str | None = flag(default=None, help="system prompt, where there is no other")
+    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
     tags: Literal["refuse", "escape", "keep"] = flag(
         default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
     )

@@ -130,7 +130,7 @@ class Case:
     """A prompt and its answers: the model's own, and those under each lesson, as the student would learn them.
 
     lessons: what is distilled first, then what is there to compare. distilled: false for a prompt that is looked at
-    only. flaws: why an answer of the first lesson may not be kept. scores, logits: by reward model, for the plain
+    only. flaws: why an answer of the first lesson may not be kept. logits: by reward model, for the plain
     answers and then for each lesson's.
     """
 

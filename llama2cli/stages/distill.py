@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
 from llama2cli.measure.rates import percent, rate, sigmoid
-from llama2cli.settings import Compute, Filter, flag
+from llama2cli.settings import Asking, Drawing, Filter, flag
 from llama2cli.text.chat import encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.output import check_outputs, open_outputs, write_all
@@ -43,7 +43,7 @@ Window = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Filter, Compute):
+class Settings(Drawing, Asking, Filter):
     """Context distillation: answers given under a template, as dialogues of the bare prompt, ready for sft.
 
     The template is a text before the prompt, around it, or earlier turns (examples), of a TOML file; --extract keeps
@@ -77,30 +77,12 @@ class Settings(Filter, Compute):
     policy: str | None = flag(
         default=None, help="the model that answers: an HF folder, step folder or run folder", complete="checkpoint"
     )
-    endpoint: str | None = flag(
-        default=None,
-        metavar="URL",
-        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp) for --policy, a name that it serves",
-    )
-    tokenizer: str | None = flag(
-        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
-    )
     rm_safe: str | None = flag(default=None, help="the safety reward model", complete="checkpoint")
     rm_help: str | None = flag(default=None, help="the helpfulness reward model", complete="checkpoint")
     gate: Literal["safe", "help", "none"] | None = flag(
         default=None, help="whose score must rise (default: safe with --preset safety, else none)"
     )
     samples: int = flag("-k", default=1, help="samples of each prompt, with the template and without", low=1)
-    temperature: float | None = flag(
-        default=None, help="0 is greedy; when not given the model's generation_config.json decides, else 0.6", low=0
-    )
-    top_p: float | None = flag(
-        default=None,
-        help="draw from the likeliest tokens that hold this share; when not given as above, 0.9",
-        low=0,
-        high=1,
-    )
-    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
     keep_truncated: bool = flag(default=False, help="answers that were cut may be kept too")
     quote: int = flag(
         default=8, low=0, help="an answer with this many words in a row of its template is not kept; 0 allows it"
@@ -118,14 +100,6 @@ class Settings(Filter, Compute):
     metrics: str | None = flag(default=None, help="write the metric records to this file", complete="file")
     text: bool = flag(default=False, help="the input is plain text, a prompt on each line")
     system: str | None = flag(default=None, help="system prompt, where there is no other; the student has it too")
-    tags: Literal["refuse", "escape", "keep"] = flag(
-        default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
-    )
-    skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill a context; else an error")
-    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
-    batch_tokens: int | None = flag(
-        default=None, low=1, help="tokens that are scored at the same time (default: 2048 on a CPU, 16384 on CUDA)"
-    )
     window: int = flag(default=64, help="prompts that are answered at once; a killed command loses no more", low=1)
 
     @property

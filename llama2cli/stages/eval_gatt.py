@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
-from llama2cli.settings import Compute, Filter, flag
+from llama2cli.settings import Asking, Drawing, Filter, flag
 from llama2cli.text import constraints as lists
 from llama2cli.text.chat import of_models
 from llama2cli.text.folders import resolve_model
@@ -44,7 +44,7 @@ Window = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Filter, Compute):
+class Settings(Drawing, Asking, Filter):
     """How long models obey an instruction that stands in the first turn alone: the share of obeying answers by turn.
 
     The user turns of each dialogue are answered one after another by each --model. The instruction is the dialogue's
@@ -69,14 +69,6 @@ class Settings(Filter, Compute):
         default=[],
         help="the model under test: an HF folder, step folder or run folder; may be repeated",
         complete="checkpoint",
-    )
-    endpoint: str | None = flag(
-        default=None,
-        metavar="URL",
-        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp) for --model, a name that it serves",
-    )
-    tokenizer: str | None = flag(
-        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
     )
     constraints: list[str] = flag(
         default=[], help="constraint records, for dialogues without one of their own; may be repeated", complete="file"
@@ -112,26 +104,9 @@ class Settings(Filter, Compute):
     attention: str | None = flag(default=None, help="write what answers attend to, to this file", complete="file")
     attention_dialogues: int = flag(default=8, low=1, help="with --attention: of how many dialogues, the first ones")
     attention_bin: int = flag(default=8, low=1, help="with --attention: neighbouring tokens in a bin")
-    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
-    temperature: float | None = flag(
-        default=None, help="0 is greedy; when not given the model's generation_config.json decides, else 0.6", low=0
-    )
-    top_p: float | None = flag(
-        default=None,
-        help="draw from the likeliest tokens that hold this share; when not given as above, 0.9",
-        low=0,
-        high=1,
-    )
     format: str = flag(default="auto", help="form of the records (auto: by their fields), as alpaca, sharegpt, oasst")
-    tags: Literal["refuse", "escape", "keep"] = flag(
-        default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
-    )
     skip_long: bool = flag(
         default=False, help="leave out, and count, dialogues whose first turn fills the context; else an error"
-    )
-    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
-    batch_tokens: int | None = flag(
-        default=None, low=1, help="tokens that are scored at the same time (default: 2048 on a CPU, 16384 on CUDA)"
     )
     window: int = flag(default=64, help="dialogues that are answered at once; a killed command loses no more", low=1)
     json: bool = flag(default=False, help="only the records, no table")

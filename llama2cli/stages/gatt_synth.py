@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
-from llama2cli.settings import Compute, Filter, flag
+from llama2cli.settings import Asking, Drawing, Filter, flag
 from llama2cli.text import constraints as lists
 from llama2cli.text.chat import encode_dialogue, of_models
 from llama2cli.text.folders import resolve_model
@@ -44,7 +44,7 @@ Window = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Filter, Compute):
+class Settings(Drawing, Asking, Filter):
     """Make dialogues for Ghost Attention: an instruction that stands in the first turn alone, and is obeyed in all.
 
     For each dialogue an instruction is drawn, one constraint or a combination, and put before every user message; the
@@ -66,14 +66,6 @@ class Settings(Filter, Compute):
     ask_lists: int = flag(default=4, help="lists that it is asked for, of each kind", low=1)
     asked: str | None = flag(default=None, help="write the constraints that it named to this file", complete="file")
     policy: str = flag(help="the model that answers: an HF folder, step folder or run folder", complete="checkpoint")
-    endpoint: str | None = flag(
-        default=None,
-        metavar="URL",
-        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp) for --policy, a name that it serves",
-    )
-    tokenizer: str | None = flag(
-        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
-    )
     samples: int = flag("-k", default=1, help="instructions for each dialogue, each with answers of its own", low=1)
     combine: float = flag(default=0.5, help="probability that an instruction is a combination", low=0, high=1)
     most: int = flag(default=3, help="constraints in a combination at most, each of another kind", low=2)
@@ -98,27 +90,10 @@ class Settings(Filter, Compute):
         default=None, low=0, high=1, help="with --rm: leave out what scores less, from 0 to 1"
     )
     rm_keep: float | None = flag(default=None, low=0, high=1, help="with --rm: the share of the best that is kept")
-    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
     keep_truncated: bool = flag(default=False, help="answers that were cut may be trained too, without an end")
-    temperature: float | None = flag(
-        default=None, help="0 is greedy; when not given the model's generation_config.json decides, else 0.6", low=0
-    )
-    top_p: float | None = flag(
-        default=None,
-        help="draw from the likeliest tokens that hold this share; when not given as above, 0.9",
-        low=0,
-        high=1,
-    )
     format: str = flag(default="auto", help="form of the records (auto: by their fields), as alpaca, sharegpt, oasst")
-    tags: Literal["refuse", "escape", "keep"] = flag(
-        default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
-    )
     skip_long: bool = flag(
         default=False, help="leave out, and count, dialogues whose first turn fills the context; else an error"
-    )
-    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
-    batch_tokens: int | None = flag(
-        default=None, low=1, help="tokens that are scored at the same time (default: 2048 on a CPU, 16384 on CUDA)"
     )
     window: int = flag(default=64, help="dialogues that are answered at once; a killed command loses no more", low=1)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
-from llama2cli.settings import Filter, Sampled, flag
+from llama2cli.settings import Filter, Sampled, Served, flag
 from llama2cli.text.chat import Tags, encode_conversation
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.prompts import check_endpoint, check_system, read_prompts
@@ -33,7 +33,7 @@ Window = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Filter, Sampled):
+class Settings(Sampled, Served, Filter):
     """Answer prompts, continue documents or answer lines of plain text.
 
     A record {"messages": [...]} that ends with a user message gets the answer as one message more; a record
@@ -56,16 +56,7 @@ class Settings(Filter, Sampled):
     pair_temperature: float | None = flag(
         default=None, help="temperature of the second answer of Pair records (default: that of the first)", low=0
     )
-    endpoint: str | None = flag(
-        default=None,
-        metavar="URL",
-        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp); --model is the name that it serves",
-    )
-    tokenizer: str | None = flag(
-        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
-    )
     skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill the context; else an error")
-    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
 
     @property
     def pairs(self) -> bool:

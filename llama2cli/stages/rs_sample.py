@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
 from llama2cli.measure.rates import sigmoid
-from llama2cli.settings import Compute, Filter, flag
+from llama2cli.settings import Asking, Filter, flag
 from llama2cli.text.chat import encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.output import check_outputs, open_outputs, write_all
@@ -44,7 +44,7 @@ SCORES = ("help", "safe", "reward", "help_logit", "safe_logit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Filter, Compute):
+class Settings(Asking, Filter):
     """Sample K answers to each prompt, score them with reward models, and keep the best: a dialogue ready for sft.
 
     What is kept is a Sample: with "help" and "safe", from 0 to 1, and "reward", the logit that it was chosen by: the
@@ -63,14 +63,6 @@ class Settings(Filter, Compute):
     """
 
     policy: str = flag(help="the model that answers: an HF folder, step folder or run folder", complete="checkpoint")
-    endpoint: str | None = flag(
-        default=None,
-        metavar="URL",
-        help="ask a server of the OpenAI completions API (vLLM, SGLang, llama.cpp) for --policy, a name that it serves",
-    )
-    tokenizer: str | None = flag(
-        default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
-    )
     rm_help: str | None = flag(default=None, help="the helpfulness reward model", complete="checkpoint")
     rm_safe: str | None = flag(default=None, help="the safety reward model", complete="checkpoint")
     samples: int = flag("-k", default=16, help="samples of each prompt at each temperature", low=1)
@@ -79,7 +71,6 @@ class Settings(Filter, Compute):
         help="of the samples; may be repeated, and each gives -k samples",
     )
     top_p: float = flag(default=1.0, help="draw from the likeliest tokens that hold this share", low=0, high=1)
-    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
     keep_truncated: bool = flag(default=False, help="answers that were cut may be kept too")
     pool: list[str] = flag(
         default=[], help="Samples of earlier rounds, which compete; may be repeated", complete="file"
@@ -99,14 +90,6 @@ class Settings(Filter, Compute):
     metrics: str | None = flag(default=None, help="write the metric records to this file", complete="file")
     text: bool = flag(default=False, help="the input is plain text, a prompt on each line")
     system: str | None = flag(default=None, help="system prompt, where there is no other")
-    tags: Literal["refuse", "escape", "keep"] = flag(
-        default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
-    )
-    skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill a context; else an error")
-    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
-    batch_tokens: int | None = flag(
-        default=None, low=1, help="tokens that are scored at the same time (default: 2048 on a CPU, 16384 on CUDA)"
-    )
     window: int = flag(default=64, help="prompts that are answered at once; a killed command loses no more", low=1)
 
 
