@@ -253,8 +253,10 @@ def _check(**tensors: Tensor) -> None:
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [..., 2F] that holds gate, then up: [..., F], in its dtype.
 
-    Differentiable once. Rows are read in place whatever lies between them; a layout that is not rows of neighbours is
-    copied. Raises ValueError for an odd width and TypeError for a dtype that is no float of 16 bits or more.
+    In bf16 it lies within 0.501 units of the last place of the exact value (gates of -80 and above), as up's gradient
+    does; gate's within 0.502, and near gates of -1.28, where silu turns, within 2^-17 of dy * up. Differentiable once.
+    Rows are read in place whatever lies between them; a layout that is not rows of neighbours is copied. Raises
+    ValueError for an odd width and TypeError for a dtype that is no float of 16 bits or more.
     """
     _check(gate_up=gate_up)
     if gate_up.shape[-1] % 2:

@@ -337,19 +337,23 @@ def test_more_rows_than_a_grid_has(device: str, guarded: None, monkeypatch: pyte
 
 
 def test_positions_far_apart(device: str) -> None:
-    """Offsets beyond 2^31 elements, between tokens, rows and heads. What lies between is never touched."""
-    far = 2**31 + 32
+    """Offsets beyond 2^31 elements, of strides below, from row, token or head to the next. What lies between is memory
+    that is asked for and never touched.
+    """
+    far = 2**30 + 32
     try:
-        buffer = torch.empty(far + 4096, dtype=FP16, device=device)
+        buffer = torch.empty(3 * far + 4096, dtype=FP16, device=device)
     except RuntimeError:
-        pytest.skip("no room for an address range of 4 GB")
+        pytest.skip("no room for an address range of 6 GB")
     cos, sin = table(16, 4, device)
-    rows = torch.randn(2, 2, 2, 16, device=device).half()
-    for strides in ((far, 64, 16, 1), (64, far, 16, 1), (64, 128, far, 1)):
-        x = buffer.as_strided((2, 2, 2, 16), strides)
+    rows = torch.randn(4, 4, 4, 16, device=device).half()
+    rest = cos, sin, None, False, False
+    want, joined = rope(rows, rows, cos, sin)[0], rope_join(rows, rows, rows, *rest)
+    for strides in ((far, 64, 16, 1), (256, far, 16, 1), (256, 64, far, 1)):
+        x = buffer.as_strided((4, 4, 4, 16), strides)
         x.copy_(rows)
-        for a, b in zip(rope(x, x, cos, sin), rope(rows, rows, cos, sin)):
-            assert torch.equal(a, b)
+        assert all(torch.equal(got, want) for got in rope(x, x, cos, sin))
+        assert torch.equal(rope_join(x, x, x, *rest), joined)
 
 
 def test_nothing_to_do(device: str) -> None:
