@@ -91,6 +91,12 @@ def join_turns(dialogues: Iterable[tuple[Place, Record]], n: int) -> Iterator[tu
         yield place, together()
 
 
+def asked_turns(dialogues: Iterable[tuple[Place, Record]], join: int | None) -> Iterator[tuple[Place, Record]]:
+    """Dialogues without their answers, joined up to `join` turns where that is asked for."""
+    bare = ((place, {**record, "messages": user_turns(record["messages"])}) for place, record in dialogues)
+    return bare if join is None else join_turns(bare, join)
+
+
 def recent(messages: Sequence[Record], window: int | None) -> list[Record]:
     """A dialogue as one sees it through a window: the system message, the first turn, and the last `window` turns.
 

@@ -240,17 +240,15 @@ def planned(settings: Settings, names: Sequence[str], constraints: Sequence[Reco
     A dialogue without an instruction is left out, and counted. Paths are checked now.
     """
     from llama2cli.measure.checkers import compile_check
-    from llama2cli.sampling.turns import join_turns, user_turns
+    from llama2cli.sampling.turns import asked_turns, user_turns
 
     order = list(constraints)
     random.Random(settings.seed).shuffle(order)
     each = min(settings.each or len(order), len(order))
 
     def of_model(name: str, read: Iterator[tuple[Place, Record]]) -> Iterator[tuple[Place, Record]]:
-        bare = ((place, {**r, "messages": user_turns(r["messages"])}) for place, r in read)
-        joined = join_turns(bare, settings.join) if settings.join is not None else bare
         number = 0
-        for place, record in joined:
+        for place, record in asked_turns(read, settings.join):
             own = lists.constraint_of(record, place, compile_check)
             if own is not None and "check" not in own and settings.judge is None:
                 own = None

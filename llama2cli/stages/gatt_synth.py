@@ -215,12 +215,11 @@ def read_constraints(settings: Settings) -> list[Record]:
 
 def read(settings: Settings) -> Iterator[tuple[Place, Record]]:
     """The dialogues without their answers, joined where that is asked for."""
-    from llama2cli.sampling.turns import join_turns, user_turns
+    from llama2cli.sampling.turns import asked_turns, user_turns
 
     read = read_dialogues(settings.files, format=settings.format, keep_empty=True, max_line=settings.max_line)
-    bare = ((place, {**record, "messages": user_turns(record["messages"])}) for place, record in read)
-    joined = join_turns(bare, settings.join) if settings.join is not None else bare
-    return ((place, {**r, "messages": user_turns(r["messages"], settings.turns)}) for place, r in joined)
+    asked = asked_turns(read, settings.join)
+    return ((place, {**r, "messages": user_turns(r["messages"], settings.turns)}) for place, r in asked)
 
 
 def load(settings: Settings, sampling: Sampling) -> Models:

@@ -167,6 +167,9 @@ def check(settings: Settings) -> None:
         console.warn("--top-p does nothing at temperature 0")
     outputs = (("--out", settings.out), ("--violating", settings.violating), ("--answers", settings.answers))
     check_outputs(outputs, [*settings.files, *([settings.judgements] if settings.judgements else [])])
+    for path in settings.policy:
+        if settings.policy.count(path) > 1:
+            raise Misuse(f"{path} is given twice", "--policy")
     for path in (*settings.policy, *judges):
         resolve_model(path)  # a misspelt one is told before anything is read
 
@@ -191,13 +194,13 @@ def read_sessions(settings: Settings) -> tuple[list[Visit], list[tuple[Place, Re
 
 def answer(prompts: Prompts, settings: Settings) -> list[Mitigated]:
     """Have each candidate answer every prompt, and judge the answers; window by window, a killed command goes on."""
-    from llama2cli.sampling.load import load_engine
-    from llama2cli.sampling.samples import Tally, Voice
+    from llama2cli.sampling.load import Sampling, load_engine
+    from llama2cli.sampling.samples import Tally, Voice, policy_names
     from llama2cli.sampling.voices import ticker
 
-    names = names_of(settings.policy)
+    names = policy_names(*settings.policy)
     asked = [(place, {"candidate": number, **prompt}) for number in range(len(names)) for place, prompt in prompts]
-    scorer = load_judge(settings)
+    sampling, scorer = Sampling(settings.temperature, settings.top_p), load_judge(settings)
     out = open_answers(settings)
     tally, done = Tally(), out.skip if out else 0
     counts = Counts.start(settings, out.state if out else None)
@@ -208,7 +211,7 @@ def answer(prompts: Prompts, settings: Settings) -> list[Mitigated]:
             engine, tokenizer = load_engine(
                 settings.policy[number], device=settings.device, dtype=settings.dtype, rows=settings.batch_size
             )
-            voice = Voice(engine, tokenizer, names[number], settings.temperature, settings.top_p)
+            voice = Voice(engine, tokenizer, names[number], *sampling)
             for window in windows(mine, settings.window):
                 for prompt, sample in sampled(window, voice, scorer, settings, tally, ticker(tally, progress)):
                     if "violation" in sample:
@@ -218,22 +221,11 @@ def answer(prompts: Prompts, settings: Settings) -> list[Mitigated]:
                 done += len(window)
                 if out:
                     out.commit(done, vars(counts))
-    console.say(tally.told(f"temperature {settings.temperature:g}, top-p {settings.top_p:g}", settings.max_new_tokens))
+    console.say(tally.told(sampling.told(), settings.max_new_tokens))
     if scorer is None:
         console.say(f'{settings.answers}: the answers wait for judgements, of which "item" is an "id"')
         return []
     return results(names, counts)
-
-
-def names_of(paths: Sequence[str]) -> list[str]:
-    """What records call the candidates: of paths that end alike the whole. Raises Misuse for one given twice."""
-    from llama2cli.sampling.samples import policy_name
-
-    for path in paths:
-        if paths.count(path) > 1:
-            raise Misuse(f"{path} is given twice", "--policy")
-    names = [policy_name(path) for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
 
 
 def results(names: Sequence[str], counts: Counts) -> list[Mitigated]:

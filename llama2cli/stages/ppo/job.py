@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,8 +19,9 @@ from llama2cli.sampling.samples import Tally, fits, with_system
 from llama2cli.stages.ppo import Settings
 from llama2cli.text.chat import encode_conversation
 from llama2cli.text.folders import resolve_model
+from llama2cli.text.prompts import read_prompts
 from llama2cli.text.records import Record
-from llama2cli.text.streams import Place, read_records, read_texts
+from llama2cli.text.streams import Place
 from llama2cli.text.tokenizer import Tokenizer
 from llama2cli.training import answers, examples, tuning
 from llama2cli.training.answers import Rows
@@ -200,7 +201,7 @@ def read(
     tally, parts = Tally(), []
     for source in named:
         before = len(prompts.ids)
-        for place, plain in read_prompts(settings, source.path):
+        for place, plain in read_prompts([source.path], text=settings.text):
             record = with_system(plain, settings.system)
             found = [
                 (encode_conversation(tokenizer, record["messages"], tags=settings.tags, place=place).ids, context, what)
@@ -216,13 +217,6 @@ def read(
             raise DataError("holds no prompt to answer", source.path)
         parts.append(examples.part(source, before, len(prompts.ids)))
     return parts
-
-
-def read_prompts(settings: Settings, path: str) -> Iterator[tuple[Place, Record]]:
-    """The prompts of a file; a line of text is one."""
-    if not settings.text:
-        return read_records([path], "prompt")
-    return ((place, {"messages": [{"role": "user", "content": line}]}) for place, line in read_texts([path]))
 
 
 def digest(prompts: Prompts, part: Part) -> str:
