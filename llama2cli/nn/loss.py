@@ -51,13 +51,19 @@ def linear_cross_entropy(
     second one through the same loss raises RuntimeError.
     """
     dtype = _product_dtype(hidden_ND)
-    valid = targets_N != IGNORE
-    if not valid.all():  # tokens without a target cost nothing
-        rows = valid.nonzero().squeeze(1)
-        hidden_ND, targets_N = hidden_ND.index_select(0, rows), targets_N.index_select(0, rows)
-        scale_N = None if scale_N is None else scale_N.index_select(0, rows)
+    hidden_ND, targets_N, scale_N = with_targets(hidden_ND, targets_N, scale_N)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, scale_N, dtype, torch.is_grad_enabled())
+
+
+def with_targets(hidden_ND: Tensor, targets_N: Tensor, scale_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tokens that have a target: the others shall cost nothing."""
+    valid = targets_N != IGNORE
+    if valid.all():
+        return hidden_ND, targets_N, scale_N
+    rows = valid.nonzero().squeeze(1)
+    scale_N = None if scale_N is None else scale_N.index_select(0, rows)
+    return hidden_ND.index_select(0, rows), targets_N.index_select(0, rows), scale_N
 
 
 def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ The plain forms below (`plain_*`) are the specification: torch's own operators, 
 
 On a CPU some have a faster form in `nn.cpu`. `setup_process` checks each once, on this machine, and takes it when it is
 equal within rounding and faster.
-On a CUDA device RMSNorm, rotary embedding and SwiGLU have Triton kernels (the package llama2_kernels), which are taken
-where triton is installed. A compiled region (torch.compile) takes the plain forms instead: the compiler makes kernels
-of them together with what stands around them.
+On a CUDA device RMSNorm, rotary embedding, SwiGLU and the head have Triton kernels (the package llama2_kernels), which
+are taken where triton is installed. A compiled region (torch.compile) takes the plain forms of the first three instead:
+the compiler makes kernels of them together with what stands around them. (Of the head it would hold all logits.)
 
 `choices` gives what was taken, `restore` makes another process take the same, so that a resumed run computes the same
 bytes. Before `setup_process`, after `force("plain")`, and with LLAMA2_OPS=plain in the environment, the plain forms are
@@ -42,6 +42,9 @@ class Kernels(NamedTuple):
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
+    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    token_logprobs: Callable[[Tensor, Tensor, Tensor], Tensor]
+    token_logprobs_and_entropy: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     interpreted: bool  # by Triton's interpreter: on a CPU
 
 
@@ -178,6 +181,10 @@ def linear_cross_entropy(
 
     In chunks, with the gradient computed on the way: the logits are never held whole (see nn.loss).
     """
+    if _kernels is not None and _by_triton(hidden_ND, compiled=True):
+        if not torch.compiler.is_compiling():  # its shapes cannot follow from values
+            hidden_ND, targets_N, scale_N = loss.with_targets(hidden_ND, targets_N, scale_N)
+        return _kernels.linear_cross_entropy(hidden_ND, weight_VD, targets_N, scale_N)
     if torch.compiler.is_compiling():
         return loss.reference(hidden_ND, weight_VD, targets_N, scale_N)
     return loss.linear_cross_entropy(hidden_ND, weight_VD, targets_N, scale_N)
@@ -186,8 +193,11 @@ def linear_cross_entropy(
 def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """log softmax(hidden weight^T)[target], fp32 [N], 0 where the target is -100; in chunks, differentiable once.
 
-    Probabilities are kept for the backward pass up to a bound, and computed again beyond (see nn.loss).
+    Probabilities are kept for the backward pass up to a bound, and computed again beyond (see nn.loss); by Triton
+    kernels always computed again.
     """
+    if _kernels is not None and _by_triton(hidden_ND, compiled=True):
+        return _kernels.token_logprobs(hidden_ND, weight_VD, targets_N)
     if torch.compiler.is_compiling():
         return loss.reference_tokens(hidden_ND, weight_VD, targets_N)[0]
     return loss.token_logprobs(hidden_ND, weight_VD, targets_N)
@@ -195,6 +205,8 @@ def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> T
 
 def token_logprobs_and_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and, from the same pass, the entropy of each softmax in nats, fp32 [N], without a gradient."""
+    if _kernels is not None and _by_triton(hidden_ND, compiled=True):
+        return _kernels.token_logprobs_and_entropy(hidden_ND, weight_VD, targets_N)
     if torch.compiler.is_compiling():
         return loss.reference_tokens(hidden_ND, weight_VD, targets_N)
     return loss.token_logprobs_and_entropy(hidden_ND, weight_VD, targets_N)
@@ -289,12 +301,21 @@ def _require_kernels(place: str, device: torch.device | None = None) -> None:
 def _load_kernels() -> Kernels | None:
     """The kernels, None where they cannot run. Imported only where they might be wanted: triton takes 0.3 s."""
     try:
+        from llama2_kernels import linear_cross_entropy as head
         from llama2_kernels import registry, rms_norm, rope, swiglu
     except ImportError:  # an installation without them
         return None
     if not registry.available():
         return None
-    return Kernels(rms_norm.rms_norm, rope.rope, swiglu.swiglu, registry.INTERPRET)
+    return Kernels(
+        rms_norm.rms_norm,
+        rope.rope,
+        swiglu.swiglu,
+        head.linear_cross_entropy,
+        head.token_logprobs,
+        head.token_logprobs_and_entropy,
+        registry.INTERPRET,
+    )
 
 
 def _apply() -> None:
@@ -305,8 +326,9 @@ def _apply() -> None:
     cpu.set_onednn(_onednn)
 
 
-def _by_triton(x: Tensor) -> bool:
-    if _kernels is None or (torch.compiler.is_compiling() and _mode != "triton"):
+def _by_triton(x: Tensor, *, compiled: bool = False) -> bool:
+    """compiled: in a compiled region too, where they are not forced."""
+    if _kernels is None or (torch.compiler.is_compiling() and _mode != "triton" and not compiled):
         return False
     return x.is_cuda or (x.is_cpu and _kernels.interpreted and _mode == "triton")
 

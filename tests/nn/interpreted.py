@@ -76,6 +76,51 @@ def apart(got: list[Tensor], want: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, want, strict=True))
 
 
+def by_head(hidden: Tensor, table: Tensor, targets: Tensor) -> list[Tensor]:
+    """What the three operations on the head give, and the gradients of hidden states and head through two of them."""
+    scale = torch.linspace(0.5, 1.5, len(targets))
+    total = ops.linear_cross_entropy(hidden, table, targets, scale_N=scale)
+    logprobs = ops.token_logprobs(hidden, table, targets)
+    with torch.no_grad():
+        others = ops.token_logprobs_and_entropy(hidden, table, targets)
+    loss = total + (logprobs.exp() * scale).sum()
+    return [total.detach(), logprobs.detach(), *others, *torch.autograd.grad(loss, [hidden, table])]
+
+
+def check_head() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    targets = torch.arange(16) * 7 % 40
+    targets[[2, 3, 11]] = -100
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        inputs = [torch.randn(n, 24).to(dtype).requires_grad_() for n in (16, 40)]
+        ops.force("plain")
+        want = by_head(*inputs, targets)
+        ops.force("triton")
+        got = by_head(*inputs, targets)
+        assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in zip(got, want))
+        found[f"head, {name}"] = apart(got, want)
+        if dtype == torch.float32:
+            pieces = torch.compile(
+                lambda h, t: (ops.linear_cross_entropy(h, t, targets), ops.token_logprobs(h, t, targets)),
+                backend="aot_eager",
+                fullgraph=True,
+            )
+            total, logprobs = pieces(*inputs)
+            found["head, compiled"] = apart([logprobs.detach(), -total.detach()], [want[1], want[1].sum()])
+    found["head, by"] = counted(lambda: by_head(*inputs, targets))
+    with torch.no_grad():
+        seen: list[int] = []
+        real = ops._kernels
+        assert real is not None
+        ops._kernels = real._replace(
+            linear_cross_entropy=lambda h, *rest: seen.append(len(h)) or real.linear_cross_entropy(h, *rest)
+        )
+        ops.linear_cross_entropy(*inputs, targets)
+        ops._kernels = real
+    found["head, tokens of the loss"] = seen[0]
+    return found
+
+
 def counted(work: Callable[[], object]) -> dict[str, int]:
     with Seen() as seen:
         work()
@@ -145,6 +190,7 @@ def check() -> dict[str, Any]:
     ops.force("plain")
     found["plain"] = counted(lambda: pass_through(net, "one text"))
 
+    found |= check_head()
     ops.restore(json.loads(json.dumps(found["choices"])))
     ops.setup_process()
     found["restored"] = ops.choices() == found["choices"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llama2cli.errors import Misuse
-from llama2cli.nn import cpu, ops
+from llama2cli.nn import cpu, loss, ops
 
 FAST = {f"{name}.{kind}": "fast" for name in ("rms_norm", "rope", "attention") for kind in ("fp32", "bf16")}
 
@@ -351,6 +351,15 @@ def test_where_kernels_are_taken(interpreted: dict[str, Any]) -> None:
 
 
 @needs_triton
+def test_the_head_by_kernels(interpreted: dict[str, Any]) -> None:
+    """Losses, log-probabilities, entropies and gradients, of 16 tokens of which 3 have no target."""
+    assert interpreted["head, fp32"] < 2e-6 and interpreted["head, bf16"] < 0.01
+    assert interpreted["head, by"] == {"linear_cross_entropy": 1, "token_logprobs": 2, "token_logprobs_backward": 1}
+    assert interpreted["head, tokens of the loss"] == 13
+    assert interpreted["head, compiled"] < 2e-6
+
+
+@needs_triton
 def test_kernels_within_everything_else(interpreted: dict[str, Any]) -> None:
     assert interpreted["checkpointing"] and interpreted["checkpointed operation"]
     assert interpreted["autocast"] < 0.03
@@ -399,7 +408,8 @@ def test_kernels_that_cannot_run(where: str) -> None:
 
 @pytest.mark.parametrize(("interpreted", "device"), [(True, "cuda"), (False, "cpu")])
 def test_kernels_are_refused_on_another_device(monkeypatch: pytest.MonkeyPatch, interpreted: bool, device: str) -> None:
-    kernels = ops.Kernels(ops.plain_rms_norm, ops.plain_rope, ops.plain_swiglu, interpreted)
+    head = loss.reference, loss.token_logprobs, loss.reference_tokens
+    kernels = ops.Kernels(ops.plain_rms_norm, ops.plain_rope, ops.plain_swiglu, *head, interpreted)
     monkeypatch.setattr(ops, "_load_kernels", lambda: kernels)
     before = ops.choices()
     with pytest.raises(Misuse, match=f"^--kernels: triton: .*the device is {device}$"):
