@@ -144,7 +144,8 @@ def _rope(
     if POS is None:
         position = t
     else:
-        position = tl.load(POS + row * p_row + t * p_token, mask=t < T, other=0).to(tl.int64)
+        position = tl.load(POS + row * p_row + t * p_token, mask=t < T, other=0, eviction_policy="evict_last")
+        position = position.to(tl.int64)
     cos = _angles(COS, position, head, cos_row, S, D, HALF)
     sin = _angles(SIN, position, head, sin_row, S, D, HALF)
     if BACK:
@@ -335,10 +336,10 @@ def rope(
 
     cos, sin [S, K/2] of every position below S; positions [B, T], by default 0..T-1 in each row. A position outside the
     table gives NaN. interleaved: a pair is (2i, 2i + 1) instead of (i, i + K/2). In bf16 a result lies within 0.52
-    units of the last place of the exact value, where the two products do not cancel to below 2^-10 of the largest element.
-    Any strides are read in place as long as a head's coordinates are neighbours, else copied. Differentiable in q and
-    k to any order. Raises ValueError for shapes that do not fit and for tables that want a gradient, and TypeError for
-    dtypes.
+    units of the last place of the exact value, where the two products do not cancel to below 2^-10 of the largest
+    element. Any strides are read in place as long as a head's coordinates are neighbours, else copied. Differentiable
+    in q and k to any order. Raises ValueError for shapes that do not fit and for tables that want a gradient, and
+    TypeError for dtypes.
     """
     _check({"q": q, "k": k}, cos, sin, positions)
     return rope_forward(q, k, cos, sin, positions, interleaved, False)
