@@ -167,11 +167,10 @@ class Served(Compute):
     tokenizer: str | None = flag(
         default=None, help="with --endpoint: the served model's tokenizer.model, or a folder with it", complete="file"
     )
-    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking(Served):
+class Asking(Compute):
     """What every command takes that lets a model answer and works with the answers."""
 
     max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)  # Llama 2, appendix A.3.7
@@ -179,6 +178,7 @@ class Asking(Served):
         default="refuse", help="what to do with tags of the chat format, as [INST], in what a user typed"
     )
     skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill a context; else an error")
+    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
     batch_tokens: int | None = flag(
         default=None, low=1, help="tokens that are scored at the same time (default: 2048 on a CPU, 16384 on CUDA)"
     )

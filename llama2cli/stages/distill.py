@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from llama2cli import console, provenance
 from llama2cli.errors import DataError, Misuse
 from llama2cli.measure.rates import percent, rate, sigmoid
-from llama2cli.settings import Asking, Drawing, Filter, flag
+from llama2cli.settings import Asking, Drawing, Filter, Served, flag
 from llama2cli.text.chat import encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.output import check_outputs, open_outputs, write_all
@@ -43,7 +43,7 @@ Window = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Drawing, Asking, Filter):
+class Settings(Served, Drawing, Asking, Filter):
     """Context distillation: answers given under a template, as dialogues of the bare prompt, ready for sft.
 
     The template is a text before the prompt, around it, or earlier turns (examples), of a TOML file; --extract keeps

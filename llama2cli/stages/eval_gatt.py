@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
-from llama2cli.settings import Asking, Drawing, Filter, flag
+from llama2cli.settings import Asking, Drawing, Filter, Served, flag
 from llama2cli.text import constraints as lists
 from llama2cli.text.chat import of_models
 from llama2cli.text.folders import resolve_model
@@ -44,7 +44,7 @@ Window = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Drawing, Asking, Filter):
+class Settings(Served, Drawing, Asking, Filter):
     """How long models obey an instruction that stands in the first turn alone: the share of obeying answers by turn.
 
     The user turns of each dialogue are answered one after another by each --model. The instruction is the dialogue's

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
-from llama2cli.settings import Asking, Drawing, Filter, flag
+from llama2cli.settings import Asking, Drawing, Filter, Served, flag
 from llama2cli.text import constraints as lists
 from llama2cli.text.chat import encode_dialogue, of_models
 from llama2cli.text.folders import resolve_model
@@ -44,7 +44,7 @@ Window = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Drawing, Asking, Filter):
+class Settings(Served, Drawing, Asking, Filter):
     """Make dialogues for Ghost Attention: an instruction that stands in the first turn alone, and is obeyed in all.
 
     For each dialogue an instruction is drawn, one constraint or a combination, and put before every user message; the

@@ -57,6 +57,7 @@ class Settings(Sampled, Served, Filter):
         default=None, help="temperature of the second answer of Pair records (default: that of the first)", low=0
     )
     skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill the context; else an error")
+    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
 
     @property
     def pairs(self) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama2cli import console
 from llama2cli.errors import DataError, Misuse
-from llama2cli.settings import Compute, Measuring, flag
+from llama2cli.settings import Asking, Measuring, flag
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.output import SILENT, Output, check_outputs, fingerprint, write_all
 from llama2cli.text.records import THRESHOLD, Record
@@ -36,7 +36,7 @@ Prompts = Sequence[tuple[Place, Record]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Measuring, Compute):
+class Settings(Asking, Measuring):
     """Score red teaming: gamma, the violating prompts per person per hour, by round and model version, with intervals.
 
     A session is {"messages": [...], "person": ..., "minutes": ...} with a verdict: "violation", true or false, or
@@ -90,15 +90,9 @@ class Settings(Measuring, Compute):
     )
     temperature: float = flag(default=0.1, help="of the answers; 0 is greedy", low=0)  # Llama 2, section 4.1
     top_p: float = flag(default=0.9, help="draw from the likeliest tokens that hold this share", low=0, high=1)
-    max_new_tokens: int = flag(default=1000, help="tokens of an answer at most", low=1)
     system: str | None = flag(default=None, help="system prompt of the new models, where a prompt has none")
     tags: Literal["refuse", "escape", "keep"] = flag(
         default="escape", help="what to do with tags of the chat format, as [INST], in what people typed"
-    )
-    skip_long: bool = flag(default=False, help="leave out, and count, prompts that fill a context; else an error")
-    batch_size: int = flag(default=64, help="answers that are written at the same time", low=1)
-    batch_tokens: int | None = flag(
-        default=None, low=1, help="tokens that are scored at the same time (default: 2048 on a CPU, 16384 on CUDA)"
     )
     window: int = flag(default=256, help="prompts that are answered at once; a killed command loses no more", low=1)
 

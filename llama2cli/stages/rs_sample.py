@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from llama2cli import console, provenance
 from llama2cli.errors import Misuse
 from llama2cli.measure.rates import sigmoid
-from llama2cli.settings import Asking, Filter, flag
+from llama2cli.settings import Asking, Filter, Served, flag
 from llama2cli.text.chat import encode_conversation, of_models
 from llama2cli.text.folders import resolve_model
 from llama2cli.text.output import check_outputs, open_outputs, write_all
@@ -44,7 +44,7 @@ SCORES = ("help", "safe", "reward", "help_logit", "safe_logit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Asking, Filter):
+class Settings(Served, Asking, Filter):
     """Sample K answers to each prompt, score them with reward models, and keep the best: a dialogue ready for sft.
 
     What is kept is a Sample: with "help" and "safe", from 0 to 1, and "reward", the logit that it was chosen by: the

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llama2cli.rlhf.rewards import LOGIT_THRESHOLD, piecewise
+from llama2cli.rlhf.rewards import LOGIT_THRESHOLD, combined, piecewise
 from llama2cli.text.records import THRESHOLD
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -75,3 +75,11 @@ def test_tags_may_be_numbers_and_gradients_go_to_what_was_selected():
     assert got.tolist() == [1.0, -2.0, 0.5]
     for grad, want in zip(torch.autograd.grad(got.sum(), [help, safe]), ([1, 0, 0], [0, 1, 1])):
         assert grad.tolist() == want
+
+
+def test_lists_of_logits():
+    """By hand: the tag, then what is below the threshold, takes the safety logit, digit for digit."""
+    help_logits, safe_logits = [0.1, 0.2, 0.3, -4.0], [-1.7347, 2.5, -1.7345, 9.0]
+    found = combined(help_logits, safe_logits, [False, True, False, False])
+    assert found == ([-1.7347, 2.5, 0.3, -4.0], [True, True, False, False])
+    assert combined([], [], []) == ([], [])
