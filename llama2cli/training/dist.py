@@ -145,7 +145,11 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], here: World, *, dtype: t
 
     mesh = init_device_mesh(here.device.type, (here.size,))
     rounded = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32 if rounded else None)
+    # Inputs are not rounded: the residual stream is in the weights' type anyway, and the rest that a block or a loss is
+    # called with (rotary tables, margins, advantages, old log-probabilities) is fp32 for a reason.
+    policy = MixedPrecisionPolicy(
+        param_dtype=rounded, reduce_dtype=torch.float32 if rounded else None, cast_forward_inputs=False
+    )
     for module in [*blocks, root]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in root.modules():

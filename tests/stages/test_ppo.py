@@ -890,6 +890,14 @@ def held_answers(run: Path) -> list[str]:
     return sorted(json.loads(text)["messages"][-1]["content"] for f in files for text in f.read_text().splitlines())
 
 
+def test_what_the_loss_is_given_is_not_rounded_under_fsdp(kit: Path, tmp_path: Path) -> None:
+    """In bf16 on two ranks the ratio is 1 before any update: old log-probabilities reach the loss in fp32."""
+    mine = args(kit, steps=1, dtype="bf16", batch_size=8, mini_batch=8)
+    done = harness.torchrun([*mine, "-o", tmp_path / "two"], ENV)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "two")[-1]["ratio_gap"] < 1e-5
+
+
 def check_two_ranks(kit: Path, folder: Path, *, resumed: bool = True, **changes: Any) -> None:
     """As one process does, up to rounding; resumed, to the bit."""
     mine = args(kit, steps=3, lr=1e-4, micro_tokens=100, **changes)
