@@ -100,9 +100,10 @@ def test_the_norm_s_backward_loads_ahead(rows: Rows) -> None:
 
 def test_bytes_are_those_of_the_formula(rows: Rows) -> None:
     for r in first(rows):
-        name = r["op"].split(",")[0]
-        each = LEAST[name]
-        assert each <= r["bytes_per_element"] <= each * (1.04 if "rope" not in name else 1.001), told(r)
+        each = LEAST[r["op"].split(",")[0]]
+        if r["op"] in ("rms_norm backward", "add_rms_norm backward"):  # a partial row in fp32, written and read again
+            each += 8 * r["grid"][0] / r["tokens"]
+        assert each <= r["bytes_per_element"] + 5e-4 and r["bytes_per_element"] < each * 1.001, told(r)
         assert r["memory_us"] >= r["least_bytes_per_token"] * r["tokens"] / 4.8e6 - 0.1
 
 
