@@ -141,7 +141,7 @@ class Llama(nn.Module):
         return ops.linear(hidden, self.head_weight())
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """The scalar of hidden states [..., D]: [...] in fp32, under autocast too. Raises ValueError if there is none."""
+        """The scalar of hidden states [..., D]: [...] in fp32, under autocast too. Raises ValueError without one."""
         if self.score is None:
             raise ValueError("a language model has no score")
         return (hidden.float() * self.score[0].float()).sum(-1)
