@@ -5,8 +5,9 @@ The plain forms below (`plain_*`) are the specification: torch's own operators, 
 On a CPU some have a faster form in `nn.cpu`. `setup_process` checks each once, on this machine, and takes it when it is
 equal within rounding and faster.
 On a CUDA device RMSNorm, rotary embedding, SwiGLU and the head have Triton kernels (the package llama2_kernels), which
-are taken where triton is installed. A compiled region (torch.compile) takes the plain forms of the first three instead:
-the compiler makes kernels of them together with what stands around them. (Of the head it would hold all logits.)
+are taken where triton is installed and they are found there to be equal within rounding. A compiled region
+(torch.compile) takes the plain forms of the first three instead: the compiler makes kernels of them together with what
+stands around them. (Of the head it would hold all logits.)
 
 `choices` gives what was taken, `restore` makes another process take the same, so that a resumed run computes the same
 bytes. Before `setup_process`, after `force("plain")`, and with LLAMA2_OPS=plain in the environment, the plain forms are
@@ -232,7 +233,7 @@ def setup_process() -> None:
     cpu.keep_memory()
     if _triton is None:
         _require_kernels(VARIABLE)
-        _triton = _mode == "triton" or (_mode == "auto" and torch.cuda.is_available() and _load_kernels() is not None)
+        _triton = _mode == "triton" or (_mode == "auto" and torch.cuda.is_available() and _trusted())
         _apply()
     if _mode == "plain":
         return
@@ -296,6 +297,65 @@ def _require_kernels(place: str, device: torch.device | None = None) -> None:
     if device is not None and (device.type == "cpu") != kernels.interpreted:
         where = "with TRITON_INTERPRET=1 they run on a CPU" if kernels.interpreted else "its kernels need a CUDA device"
         raise Misuse(f"triton: {where}, the device is {device.type}", place)
+
+
+def _trusted() -> bool:
+    """Whether the kernels run on the CUDA device and give there what the plain forms give; told where they do not."""
+    kernels = _load_kernels()
+    odd = None if kernels is None else disagreement(kernels, torch.device("cuda"))
+    if odd is not None:
+        console.warn(f"Triton kernels are not taken: {odd}")
+    return kernels is not None and odd is None
+
+
+def disagreement(kernels: Kernels, device: torch.device) -> str | None:
+    """Which kernel fails on a device, or differs from its plain form by more than rounding; None where none does.
+
+    Results and gradients of each on small inputs, in fp32 and bf16, beside the largest number of the plain form.
+    """
+    generator = torch.Generator().manual_seed(0)
+    cos, sin = (table.to(device) for table in rope_table(64, 10000.0, 8))
+    targets = torch.tensor([1, 5, 95, 0, 7, loss.IGNORE], device=device)
+    forms: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[tuple[int, ...]]]] = {
+        "rms_norm": (
+            lambda x, w: kernels.rms_norm(x, w, 1e-5),
+            lambda x, w: plain_rms_norm(x, w, 1e-5),
+            [(6, 256), (256,)],
+        ),
+        "swiglu": (kernels.swiglu, plain_swiglu, [(6, 512)]),
+        "rope": (
+            lambda q, k: kernels.rope(q, k, cos, sin, None),
+            lambda q, k: plain_rope(q, k, cos, sin, None),
+            [(2, 8, 4, 64), (2, 8, 2, 64)],
+        ),
+        "linear_cross_entropy": (
+            lambda h, w: kernels.linear_cross_entropy(h[:5], w, targets[:5], None),
+            lambda h, w: loss.reference(h[:5], w, targets[:5], None),
+            [(6, 64), (96, 64)],
+        ),
+        "token_logprobs": (
+            lambda h, w: kernels.token_logprobs(h, w, targets),
+            lambda h, w: loss.reference_tokens(h, w, targets)[0],
+            [(6, 64), (96, 64)],
+        ),
+    }
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+            for name, (kernel, plain, shapes) in forms.items():
+                inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+                try:
+                    ours, theirs = (_with_gradients(form, *inputs)() for form in (kernel, plain))
+                    far = max(
+                        float((a.detach() - b.detach()).abs().max() / b.detach().abs().max())
+                        for a, b in zip(ours, theirs, strict=True)
+                    )
+                except Exception as e:  # whatever a compiler or a driver says: there is another way to compute
+                    return (
+                        f"{name} in {_NAMES[dtype]} failed here ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+                    )
+                if not far <= tolerance:
+                    return f"{name} in {_NAMES[dtype]} differs from its plain form by {far:.2g}"
+    return None
 
 
 def _load_kernels() -> Kernels | None:

@@ -191,11 +191,29 @@ def check() -> dict[str, Any]:
     found["plain"] = counted(lambda: pass_through(net, "one text"))
 
     found |= check_head()
+    found["disagreement"] = check_disagreement()
     ops.restore(json.loads(json.dumps(found["choices"])))
     ops.setup_process()
     found["restored"] = ops.choices() == found["choices"]
     found["after restore"] = counted(lambda: pass_through(net, "one text"))
     return found
+
+
+def check_disagreement() -> list[str | None]:
+    """What `disagreement` says of the kernels, of one that is 1% too large, of NaN, and of one that fails."""
+
+    def fails(*args: object) -> Any:
+        raise RuntimeError("no\nway")
+
+    kernels = ops._load_kernels()
+    assert kernels is not None
+    broken = [
+        kernels,
+        kernels._replace(swiglu=lambda x: ops.plain_swiglu(x) * 1.01),
+        kernels._replace(rms_norm=lambda x, w, eps: ops.plain_rms_norm(x, w, eps) * torch.nan),
+        kernels._replace(token_logprobs=fails),
+    ]
+    return [ops.disagreement(which, torch.device("cpu")) for which in broken]
 
 
 if __name__ == "__main__":

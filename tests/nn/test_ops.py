@@ -351,6 +351,15 @@ def test_where_kernels_are_taken(interpreted: dict[str, Any]) -> None:
 
 
 @needs_triton
+def test_kernels_are_held_against_the_plain_forms(interpreted: dict[str, Any]) -> None:
+    """On a device that they were not tried on: none differs; one that does, or fails, is named."""
+    nothing, large, nan, failed = interpreted["disagreement"]
+    assert nothing is None
+    assert "swiglu in fp32 differs" in large and "rms_norm in fp32 differs" in nan
+    assert failed == "token_logprobs in fp32 failed here (RuntimeError: no way)"
+
+
+@needs_triton
 def test_the_head_by_kernels(interpreted: dict[str, Any]) -> None:
     """Losses, log-probabilities, entropies and gradients, of 16 tokens of which 3 have no target."""
     assert interpreted["head, fp32"] < 2e-6 and interpreted["head, bf16"] < 0.01

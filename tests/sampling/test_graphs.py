@@ -91,7 +91,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def tapes(monkeypatch: pytest.MonkeyPatch, small: None) -> list[Tape]:
     """The engine as on a GPU: steps are recorded, tokens read late. What was recorded."""
     made: list[Tape] = []
-    monkeypatch.setattr(engine_module, "choose", lambda device, steps: "graphs")
+    monkeypatch.setattr(engine_module, "choose", lambda device, steps, compiles=True: "graphs")
     monkeypatch.setattr(graphs, "cuda_recorder", lambda: taping(made))
     late(monkeypatch)
     return made
@@ -202,7 +202,7 @@ def test_answers_are_the_same(tapes, kv_heads, rows):
     assert len(tapes) > 2 and sum(t.played for t in tapes) > len(tapes)
     for prompt, p, result in zip(asked, params, got):  # each by itself, step by step
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_module, "choose", lambda device, steps: "plain")
+            patch.setattr(engine_module, "choose", lambda device, steps, compiles=True: "plain")
             patch.setattr(engine_module, "LATE", 0)
             (want,) = Engine(model, Ends(), rows=1).generate([prompt], [p], logprobs=True)
         assert (result.ids, result.truncated) == (want.ids, want.truncated)
@@ -293,7 +293,7 @@ def test_a_conversation(tapes):
         params = SampleParams(12, 0.8, seed=turn)
         answer = list(engine.stream(history, params))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_module, "choose", lambda device, steps: "plain")
+            patch.setattr(engine_module, "choose", lambda device, steps, compiles=True: "plain")
             assert answer == list(Engine(model, Ends()).stream(history, params))
         history += answer
     assert len(tapes) > 1
@@ -351,7 +351,7 @@ def test_what_was_recorded_reads_the_weights_where_they_are(small):
 @pytest.mark.parametrize("form", ["plain", "graphs"])
 def test_the_cache_is_freed_when_the_answers_are_there(tapes, monkeypatch, form):
     """By reference counting alone: nothing waits for the collector of cycles while a training step wants the memory."""
-    monkeypatch.setattr(engine_module, "choose", lambda device, steps: form)
+    monkeypatch.setattr(engine_module, "choose", lambda device, steps, compiles=True: form)
     held: list[weakref.ref[Any]] = []
     start = Steps.__init__
 
@@ -430,13 +430,13 @@ def test_a_compiler_that_fails(tapes, monkeypatch, capsys):
     def broken(*args: object) -> None:
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(engine_module, "choose", lambda device, steps: "compiled")
+    monkeypatch.setattr(engine_module, "choose", lambda device, steps, compiles=True: "compiled")
     monkeypatch.setattr(graphs, "compiled_layer", lambda decoder: broken)
     model, (asked, params) = make(), asked_of(20)
     got = [r.ids for r in Engine(model, Ends(), rows=6).generate(asked, params)]
     assert "'graphs', 'compiled' failed (RuntimeError: no C compiler)" in capsys.readouterr().err
     assert choose(torch.device("cuda"), 5000) == "graphs" and len(tapes) > 1
-    monkeypatch.setattr(engine_module, "choose", lambda device, steps: "plain")
+    monkeypatch.setattr(engine_module, "choose", lambda device, steps, compiles=True: "plain")
     assert got == [r.ids for r in Engine(model, Ends(), rows=6).generate(asked, params)]
 
 
