@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,14 +55,6 @@ def whitened(logits_N: Tensor, cut_N: Tensor, terms: Terms, before: Moments) -> 
     if terms.reward_clip:
         rewards_N = rewards_N.clamp(-terms.reward_clip, terms.reward_clip)
     return rewards_N - terms.cut_penalty * cut_N, so_far
-
-
-def kl(terms: Terms, logprobs: Tensor, ref_logprobs: Tensor, exact: Tensor | None = None) -> Tensor:
-    """The KL of each token, same shape: what is penalized and what is logged. exact: of whole distributions."""
-    if terms.estimator == "exact":
-        assert exact is not None
-        return exact
-    return ppo.kl_estimate(logprobs, ref_logprobs, terms.estimator)
 
 
 def advantages(
@@ -122,20 +114,3 @@ def joint_sums(clip: float, value_clip: float | None, value_weight: float) -> Ca
         return torch.cat([loss, policy[1:], policy[:1].detach(), value.detach()])
 
     return reduce
-
-
-class Explained(NamedTuple):
-    """What explained variance is made of: moments of the returns, and of what the values leave of them."""
-
-    returns: Moments
-    left: Moments
-
-    @classmethod
-    def of(cls, values_M: Tensor, returns_M: Tensor) -> Explained:
-        """Of some tokens."""
-        return cls(ppo.moments(returns_M), ppo.moments(returns_M.double() - values_M.double()))
-
-    @property
-    def variance(self) -> float:
-        """1 - Var(return - V) / Var(return); 0 where all returns are the same."""
-        return ppo.explained(self.returns, self.left)

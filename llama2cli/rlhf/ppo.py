@@ -233,21 +233,20 @@ def value_loss(
 # --- for the log --------------------------------------------------------------------------------------------------
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x where mask is true; 0 where it is true nowhere. Elsewhere anything may stand, NaN too."""
-    x = at_least_fp32(x) if x.is_floating_point() else x.float()
-    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
-
-
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(return - V) / Var(return) over tokens: 1 is a perfect value model, 0 no better than a constant.
 
     0 where all returns are the same.
     """
-    return explained(moments(returns, mask), moments(at_least_fp32(returns) - at_least_fp32(values), mask))
+    return explained(*spreads(values, returns, mask))
+
+
+def spreads(values: Tensor, returns: Tensor, mask: Tensor | None = None) -> tuple[Moments, Moments]:
+    """The moments of the returns, and of what values leave of them: those of all processes can be merged."""
+    return moments(returns, mask), moments(returns.double() - values.double(), mask)
 
 
 def explained(returns: Moments, left: Moments) -> float:
-    """Explained variance from the moments of the returns and of returns less values."""
+    """Explained variance from `spreads`."""
     equal = returns.deviation <= ROUNDING * (1 + abs(returns.mean))
     return 0.0 if equal else 1 - left.squares / returns.squares

@@ -45,11 +45,6 @@ class Answers:
         """The number of the first token of each answer, and at the end how many there are."""
         return np.cumsum([0, *map(len, self.answers)])
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a pass over all of them."""
-        return sum(len(p) + len(a) - 1 for p, a in zip(self.prompts, self.answers))
-
     def mask(self) -> Tensor:
         """[answers, longest] true at their tokens. `x[mask]` numbers them through, `y[mask] = x` lays them out."""
         sizes = torch.tensor([len(a) for a in self.answers])

@@ -78,12 +78,10 @@ def test_moments_survive_json() -> None:
 def test_the_kl_that_is_named_is_the_one_that_is_paid() -> None:
     p, q = -real(6).abs(), -real(6, seed=1).abs()
     for name in ("k1", "k2", "k3"):
-        found = credit.kl(Terms(0.01, estimator=name), p, q)  # type: ignore[arg-type]
+        found = ppo.kl_estimate(p, q, name)
         d = (p - q).numpy()
         want = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}[name]
         np.testing.assert_allclose(found.numpy(), want, rtol=1e-12)
-    exact = real(6, seed=2)
-    assert credit.kl(Terms(0.01, estimator="exact"), p, q, exact) is exact
 
 
 @pytest.mark.parametrize("per", ["token", "answer"])
@@ -208,11 +206,11 @@ def test_at_ratio_1_the_loss_is_minus_the_mean_advantage() -> None:
 def test_explained_variance_of_parts_is_that_of_the_whole() -> None:
     values, returns = real(50), real(50, seed=1) + real(50)
     want = 1 - np.var((returns - values).numpy()) / np.var(returns.numpy())
-    assert credit.Explained.of(values, returns).variance == pytest.approx(want)
-    parts = [credit.Explained.of(values[a:b], returns[a:b]) for a, b in ((0, 20), (20, 20), (20, 50))]
+    assert ppo.explained(*ppo.spreads(values, returns)) == pytest.approx(want)
+    parts = [ppo.spreads(values[a:b], returns[a:b]) for a, b in ((0, 20), (20, 20), (20, 50))]
     whole = [Moments(), Moments()]
     for part in parts:
         whole = [ppo.merged(a, b) for a, b in zip(whole, part)]
-    assert credit.Explained(*whole).variance == pytest.approx(want)
-    assert credit.Explained.of(returns, returns).variance == 1
-    assert credit.Explained.of(values, torch.ones(50)).variance == 0
+    assert ppo.explained(*whole) == pytest.approx(want)
+    assert ppo.explained(*ppo.spreads(returns, returns)) == 1
+    assert ppo.explained(*ppo.spreads(values, torch.ones(50))) == 0

@@ -49,7 +49,7 @@ def credit_answers(job: Job, rollout: Rollout, before: Moments) -> Lesson:
     advantages_M, returns_M = advantages_NT[mask_NT].float(), returns_NT[mask_NT].float()
     if terms.whiten_advantages:
         advantages_M = ppo.standardize(advantages_M, together(job.world, ppo.moments(advantages_M)))
-    returns, left = (together(job.world, m) for m in credit.Explained.of(values_M, returns_M))
+    returns, left = (together(job.world, m) for m in ppo.spreads(values_M, returns_M))
     return Lesson(
         {"old_logprobs": rollout.logprobs_M, "advantages": advantages_M},
         {"old_values": values_M, "returns": returns_M},

@@ -13,7 +13,7 @@ from torch import Tensor
 from llama2cli import console
 from llama2cli.measure.rates import sigmoid
 from llama2cli.nn import checkpoint
-from llama2cli.rlhf import credit
+from llama2cli.rlhf import ppo
 from llama2cli.rlhf.rewards import combined
 from llama2cli.sampling.engine import Engine, Result
 from llama2cli.sampling.judging import score_answers
@@ -84,9 +84,11 @@ def roll_out(
     with clock(seconds, "scoring", world):
         sampled_M = torch.tensor([x for r in results for x in r.sampled_logprobs])
         logprobs_M, values_M = read_learners(job, roles, answers, sampled_M, values=not heldout)
-        with at_work(job, [roles.reference]):
-            ref_M = job.rows.read(roles.reference, answers, torch.float32, k=2)[0]
-        kl_M = credit.kl(job.terms, logprobs_M, ref_M, exact_M)
+        kl_M = exact_M
+        if kl_M is None:
+            with at_work(job, [roles.reference]):
+                ref_M = job.rows.read(roles.reference, answers, torch.float32, k=2)[0]
+            kl_M = ppo.kl_estimate(logprobs_M, ref_M, job.terms.estimator)
         tags = of_models(settings.tags)
         read = [answer_text(r, job.start.tokenizer, tags) for r in results]
         for place, (_, escaped) in zip(places, read):
