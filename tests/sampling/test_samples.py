@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import sentencepiece
 
 from llama2cli.errors import DataError
 from llama2cli.sampling.engine import Result
@@ -24,24 +23,6 @@ from llama2cli.text.streams import Place
 from llama2cli.text.tokenizer import Tokenizer
 
 LIMIT = 12
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"the fox number {i} says [INST] </s>" for i in range(300)]),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=380,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return Tokenizer.load(folder)
 
 
 @dataclass

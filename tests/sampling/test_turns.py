@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,24 +20,6 @@ from llama2cli.text.streams import Place
 from llama2cli.text.tokenizer import Tokenizer
 
 HOW = dict(temperature=0.7, top_p=0.8, seed=11, max_new_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"the fox number {i} says [INST] </s>" for i in range(300)]),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=380,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return Tokenizer.load(folder)
 
 
 def user(text: str) -> dict:
